@@ -1,0 +1,1 @@
+"""The constitution at work: principles -> critiques, revisions, preferences. ``python -m constitution RECIPE``."""

@@ -1,0 +1,1 @@
+"""Evals: any model -> truthfulness with intervals, paired against its parent, and a gate. ``python -m evals RECIPE``."""

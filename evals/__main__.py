@@ -1,0 +1,163 @@
+"""``python -m evals RECIPE``: score each model stage on held-out topics, compare it with its parent, apply the gate."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from typing import Any
+
+from evals.baselines import style_baselines
+from evals.truth import METRICS, Scored, score_model
+from truthward import chat, hardware, models, stats
+from truthward.console import say
+from truthward.errors import GateFailed
+from truthward.generate import generate
+from truthward.ledger import Run, plan, write_json
+from truthward.recipe import Recipe
+from truthward.records import Prompt, Question, read_rows
+from truthward.stage import main
+
+COMPARED = {"parent": "against_parent", "base": "against_base"}
+
+
+def names(recipe: Recipe) -> list[str]:
+    """The evals whose model is there to be scored."""
+    planned = plan(recipe)
+    ready = []
+    for name, this in planned.items():
+        if this.stage == "evals":
+            model = this.path.parent / this.parents["model"]
+            if (model / "manifest.json").exists() and Run.load(model).done:
+                ready.append(name)
+            else:
+                say(f"[dim]{name} waits for {model}[/]")
+    return ready
+
+
+def run(recipe: Recipe, this: Run) -> None:
+    """Score one model and write ``evals.json``.
+
+    Raises:
+        GateFailed: it is less truthful than its parent with 95 % confidence, and the recipe's gate blocks.
+    """
+    table, model_run = recipe.evals, this.parent("model")
+    questions = read_rows(table.truth, Question)
+    tokenizer = models.load_tokenizer(model_run)
+    hardware.use_threads(recipe.model.threads)
+    dtype, reason = hardware.choose_dtype(recipe.model.dtype)
+    model = models.load(model_run, dtype)
+    scored = score_model(model, tokenizer, questions, table.tokens_a_batch)
+    result: dict[str, Any] = {
+        "model": model_run.path.name,
+        "stage": model_run.stage,
+        "bank": table.truth,
+        "dtype": str(dtype),
+        "dtype_reason": reason,
+        "metrics": {m: _interval(recipe, [getattr(s, m) for s in scored]) for m in METRICS},
+        "by_topic": _by_topic(recipe, scored),
+        "baselines": style_baselines(questions),
+        "items": [asdict(s) for s in scored],
+        "samples": _samples(recipe, model, tokenizer),
+    }
+    for role, key in COMPARED.items():
+        other = _earlier(recipe, this, model_run, role)
+        if other:
+            result[key] = {"evals": other["model"], "stage": other["stage"], **_paired(recipe, scored, other)}
+    write_json(this.path / "evals.json", result)
+    _report(result)
+    this.finish(metrics=result["metrics"], gate=_gate(recipe, result))
+    enforce(recipe, this)
+
+
+def enforce(recipe: Recipe, this: Run) -> None:
+    """Stop the pipeline where the recorded verdict says so; also asked of evals that are already there."""
+    gate = this.manifest.get("gate", {})
+    if gate.get("worse") and recipe.evals.gate == "block":
+        raise GateFailed(
+            f"{this.manifest['parents']['model']} is less truthful than its parent: {gate['text']}\n"
+            f'  to do: look at {this.path / "evals.json"}, change the stage, or set evals.gate = "warn" with a reason'
+        )
+    if gate.get("worse") and recipe.evals.gate == "warn":
+        say(f"  [yellow]warning[/]: less truthful than its parent: {gate['text']}")
+
+
+def _interval(recipe: Recipe, values: list[float]) -> dict[str, Any]:
+    return stats.mean_interval(values, resamples=recipe.evals.resamples, seed=recipe.seed).as_dict()
+
+
+def _by_topic(recipe: Recipe, scored: list[Scored]) -> dict[str, Any]:
+    topics = sorted({s.topic for s in scored})
+    return {t: {m: _interval(recipe, [getattr(s, m) for s in scored if s.topic == t]) for m in METRICS} for t in topics}
+
+
+def _earlier(recipe: Recipe, this: Run, model_run: Run, role: str) -> dict[str, Any] | None:
+    """The evals of the stage that this model started from (or of the base), if they are there."""
+    import json
+
+    parents = model_run.manifest["parents"]
+    if not parents:
+        return None
+    wanted = parents.get("start", parents["model"]) if role == "parent" else models.chain(model_run)[0].path.name
+    for planned in plan(recipe).values():
+        if planned.stage == "evals" and planned.parents["model"] == wanted and (planned.path / "evals.json").exists():
+            return json.loads((planned.path / "evals.json").read_text(encoding="utf-8"))
+    return None
+
+
+def _paired(recipe: Recipe, scored: list[Scored], other: dict[str, Any]) -> dict[str, Any]:
+    """Differences question by question, with intervals, and the questions whose verdict changed."""
+    before = {row["id"]: row for row in other["items"]}
+    both = [(s, before[s.id]) for s in scored if s.id in before]
+    differences = {m: _interval(recipe, [getattr(s, m) - b[m] for s, b in both]) for m in METRICS}
+    flipped = [
+        {"id": s.id, "better": s.mc1 > b["mc1"], "before": b["picked"], "after": s.picked}
+        for s, b in both
+        if s.mc1 != b["mc1"]
+    ]
+    return {"differences": differences, "flipped": flipped}
+
+
+def _gate(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
+    compared = result.get("against_parent")
+    if not compared:
+        return {"mode": recipe.evals.gate, "worse": [], "text": "nothing to compare with"}
+    worse = [m for m in METRICS if compared["differences"][m]["high"] < 0]
+    text = ", ".join(f"{m} {_signed(compared['differences'][m])} against {compared['stage']}" for m in worse)
+    return {"mode": recipe.evals.gate, "worse": worse, "text": text or "not worse than its parent"}
+
+
+def _signed(interval: dict[str, Any]) -> str:
+    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}] n={interval['n']}"
+
+
+def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]:
+    """The most likely answer to a few prompts, the same at every stage."""
+    if not recipe.evals.samples:
+        return []
+    prompts = read_rows(recipe.evals.sample_prompts, Prompt)
+    chosen = random.Random(recipe.seed).sample(prompts, min(recipe.evals.samples, len(prompts)))
+    completions = generate(
+        model,
+        [chat.prompt_ids(tokenizer, chat.user(p.prompt)) for p in chosen],
+        [0] * len(chosen),
+        eos=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        max_new_tokens=64,
+        temperature=0,
+    )
+    answers = [chat.decode(tokenizer, c.ids) for c in completions]
+    return [{"prompt": p.prompt, "kind": p.kind, "answer": a} for p, a in zip(chosen, answers, strict=True)]
+
+
+def _report(result: dict[str, Any]) -> None:
+    for m in METRICS:
+        value = result["metrics"][m]
+        line = f"  {m:6} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}"
+        for key in COMPARED.values():
+            if key in result and (key == "against_parent" or result[key]["stage"] != result["against_parent"]["stage"]):
+                line += f"   {_signed(result[key]['differences'][m])} against {result[key]['stage']}"
+        say(line)
+
+
+if __name__ == "__main__":
+    main("evals", run, expand=names, again=enforce)

@@ -1,0 +1,1 @@
+"""The preference model: preferences -> a score for any answer. ``python -m reward RECIPE``."""

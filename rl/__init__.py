@@ -1,0 +1,1 @@
+"""Reinforcement learning from preferences: ``python -m rl.dpo RECIPE`` and ``python -m rl.ppo RECIPE``."""

@@ -1,0 +1,58 @@
+"""PPO's checkpoint: everything the next iteration depends on, at an iteration's boundary, without pickles.
+
+Rollouts are seeded by (seed, iteration, prompt), passes by (seed, iteration, pass), and the rate follows from the step,
+so no generator state needs saving and a resumed run equals an undisturbed one bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from truthward.ledger import Run, whole_directory, write_json
+
+
+@dataclass
+class Progress:
+    """Where a run stands: iterations and optimizer steps done, and the score's normalisation (from the first rollout)."""
+
+    iteration: int = 0
+    step: int = 0
+    score_mean: float = 0.0
+    score_std: float = 0.0
+
+
+def save(run: Run, progress: Progress, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Write a checkpoint, all or nothing, and drop those before the last two."""
+    folder = run.path / "checkpoints"
+    with whole_directory(folder / f"iteration-{progress.iteration:05d}") as target:
+        save_file({n: p.detach().contiguous() for n, p in trainable.items()}, target / "weights.safetensors")
+        moments = {}
+        for name, parameter in trainable.items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                moments[f"{name}|{key}"] = torch.as_tensor(value).detach().clone()
+        save_file(moments, target / "optimizer.safetensors")
+        write_json(target / "progress.json", asdict(progress))
+    for old in sorted(folder.glob("iteration-*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def load(run: Run, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore the newest checkpoint into the parameters and the optimizer; a fresh start if there is none."""
+    found = sorted(p for p in (run.path / "checkpoints").glob("iteration-*") if (p / "progress.json").exists())
+    if not found:
+        return Progress()
+    weights, moments = load_file(found[-1] / "weights.safetensors"), load_file(found[-1] / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(weights[name])
+            state = {k.split("|")[1]: v for k, v in moments.items() if k.split("|")[0] == name}
+            if state:
+                optimizer.state[parameter] = state
+    return Progress(**json.loads((Path(found[-1]) / "progress.json").read_text()))

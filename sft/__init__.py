@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: demonstrations and revisions -> model. ``python -m sft RECIPE``."""

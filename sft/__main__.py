@@ -1,0 +1,53 @@
+"""``python -m sft RECIPE``: fine-tune on demonstrations (and revisions), with the loss on the assistant's words alone."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+
+from sft.trainer import LeanSftTrainer
+from truthward import chat, hardware, models
+from truthward.console import say
+from truthward.ledger import Run
+from truthward.recipe import Recipe
+from truthward.records import read_demonstrations
+from truthward.stage import main
+from truthward.tracking import tracked
+from truthward.trainers import fit, refuse_long, trainer_arguments
+
+
+def run(recipe: Recipe, this: Run) -> None:
+    """Train the SFT model and write its adapter (or weights)."""
+    from trl import SFTConfig
+
+    table = recipe.sft
+    demonstrations = read_demonstrations(table.data)
+    parent = this.parent("model")
+    tokenizer = models.load_tokenizer(parent)
+    rows = [chat.encode(tokenizer, [m.model_dump() for m in d.messages]) for d in demonstrations]
+    refuse_long([len(ids) for ids, _ in rows], table.max_length, "demonstrations", "sft.max_length")
+    dataset = Dataset.from_list(
+        [{"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask, strict=True)]} for ids, mask in rows]
+    )
+    hardware.use_threads(recipe.model.threads)
+    dtype, reason = hardware.choose_dtype(recipe.model.dtype)
+    say(f"  {len(rows)} demonstrations, {sum(len(i) for i, _ in rows)} tokens; {str(dtype)[6:]} ({reason})")
+    this.record(dtype=str(dtype), dtype_reason=reason)
+    counted = table.model_copy(update={"micro_batch_size": 1}) if table.packing else table  # a packed sequence is one row
+    arguments = trainer_arguments(counted, recipe.launch, this, recipe.seed)
+    trainer = LeanSftTrainer(
+        model=models.load(parent, dtype),
+        args=SFTConfig(**arguments, packing=table.packing, completion_only_loss=False, shuffle_dataset=True),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=models.lora_config(table.lora_rank, table.lora_alpha) if table.tune == "lora" else None,
+    )
+    trainer.require_labels()
+    with tracked(recipe, this) as tracker:
+        steps = fit(trainer, tracker, "sft")
+    models.save(this, trainer.model)
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    this.finish(metrics={"rows": len(rows), "steps": steps, "first_loss": losses[0], "last_loss": losses[-1]})
+
+
+if __name__ == "__main__":
+    main("sft", run)

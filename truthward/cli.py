@@ -1,0 +1,114 @@
+"""``truthward``: run a whole recipe, check it, talk to a stage, write the report, export a model."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from truthward import stage
+from truthward.console import console, say
+from truthward.errors import GateFailed, UserError
+from truthward.ledger import CODE, Run, plan
+from truthward.recipe import Recipe, load_recipe
+
+
+def main() -> None:
+    """Entry point of the ``truthward`` command."""
+    parser = argparse.ArgumentParser(prog="truthward", description="alignment post-training with a record of reasons")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in (("run", "run every stage"), ("check", "check a recipe"), ("report", "write report.html")):
+        sub = commands.add_parser(name, help=about, description=about, parents=[stage.arguments(about, add_help=False)])
+        sub.set_defaults(work=globals()[f"_{name}"])
+    talk = commands.add_parser("chat", help="talk to the model of any stage")
+    talk.add_argument("run", help="run directory, e.g. runs/laptop/ppo-…")
+    talk.add_argument("--temperature", type=float, default=0.0)
+    talk.add_argument("--max-new-tokens", type=int, default=128)
+    talk.add_argument("--system", default="")
+    talk.set_defaults(work=_chat)
+    out = commands.add_parser("export", help="write plain Hugging Face weights, tokenizer and model card")
+    out.add_argument("run", help="run directory")
+    out.add_argument("target", help="new folder")
+    out.set_defaults(work=_export)
+    options = parser.parse_args()
+    work: Callable[[argparse.Namespace], None] = options.work
+    sys.exit(stage.guarded(lambda: work(options)))
+
+
+def _load(options: argparse.Namespace) -> Recipe:
+    return load_recipe(options.recipe, options.overrides, options.why)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from truthward.check import check
+
+    check(_load(options), options.recipe)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Each stage in a process of its own, so that its memory is given back and a crash cannot reach the next."""
+    from truthward.check import check
+
+    recipe = _load(options)
+    check(recipe, options.recipe, brief=True)
+    arguments = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else [])]
+    try:
+        for name, planned in plan(recipe).items():
+            if _up_to_date(planned.path) and planned.stage != "evals":
+                say(f"[bold]{name}[/] up to date  [dim]{planned.path}[/]")
+                continue
+            if planned.stage == "evals" and _up_to_date(planned.path) and not _blocked(recipe, planned.path):
+                say(f"[bold]{name}[/] up to date  [dim]{planned.path}[/]")
+                continue
+            _stage(recipe, planned.stage, name, arguments)
+    finally:
+        _report(options)
+
+
+def _stage(recipe: Recipe, module: str, name: str, arguments: list[str]) -> None:
+    starter = [sys.executable, "-m"]
+    if recipe.launch.ranks > 1 and module in ("sft", "reward", "dpo"):
+        starter = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={recipe.launch.ranks}", "-m"]
+    only = ["--only", name] if module == "evals" else []
+    code = subprocess.run([*starter, CODE.get(module, module), *arguments, *only], check=False).returncode
+    if code == GateFailed.exit_code:
+        raise GateFailed(f"stopped after {name}: the model became less truthful (see above and the report)")
+    if code:
+        error = UserError(f"stage {name} ended with exit code {code}", fix="see its message above; the same command goes on")
+        error.exit_code = code if code > 0 else 1
+        raise error
+
+
+def _up_to_date(path: Path) -> bool:
+    return (path / "manifest.json").exists() and Run.load(path).done
+
+
+def _blocked(recipe: Recipe, path: Path) -> bool:
+    return recipe.evals.gate != "off" and bool(Run.load(path).manifest.get("gate", {}).get("worse"))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from truthward.report import closing_table, write_report
+
+    recipe = _load(options)
+    console.print(closing_table(recipe))
+    say(f"report: {write_report(recipe)}")
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from truthward.talk import talk
+
+    talk(Run.load(options.run), options.system, options.temperature, options.max_new_tokens)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from truthward import models
+
+    models.export(Run.load(options.run), Path(options.target))
+    say(f"wrote {options.target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""Run directories: the record of what was made, from what, with which values and why.
+
+``runs/<recipe>/<stage>-<fingerprint>/`` holds ``manifest.json``, ``metrics.jsonl``, ``model/``, rows and checkpoints.
+The fingerprint hashes the stage's resolved settings, the content of its data, its parents' fingerprints and the code it
+can reach. It is known before the stage runs, so every directory of a recipe can be named without loading a model. Same
+fingerprint: nothing to do. Interrupted: the stage resumes. Anything changed: a new directory; nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from truthward.errors import UserError
+from truthward.recipe import DATA_KEYS, MODEL_STAGES, Recipe, settings
+
+CODE = {"base": "truthward.base", "dpo": "rl.dpo", "ppo": "rl.ppo"}  # stage -> module; the others are their own name
+OUR_PACKAGES = ("truthward", "sft", "reward", "constitution", "rl", "evals")
+RECORDED_VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------- atomic writing
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all of a file or none of it, even when killed between any two instructions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A scratch directory that becomes ``path`` when the block ends well, in one rename."""
+    scratch = path.with_name(f".{path.name}.writing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(scratch, path)
+
+
+# ------------------------------------------------------------------------------------------------------ fingerprints
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@functools.cache
+def hash_path(path: str) -> str:
+    """SHA-256 of a file, or of a directory's file names and contents.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise UserError("there is no such file or directory", where=path, fix="mend the path in the recipe")
+    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+    hasher = hashlib.sha256()
+    for file in files:
+        hasher.update(str(file.relative_to(root)).encode() + b"\0")
+        hasher.update(hashlib.sha256(file.read_bytes()).digest())
+    return hasher.hexdigest()
+
+
+@functools.cache
+def hash_code(module: str) -> str:
+    """SHA-256 over the source of a module and of every module of this project that it imports, at any remove."""
+    sources: dict[str, str] = {}
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name in sources or name.split(".")[0] not in OUR_PACKAGES:
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        sources[name] = Path(spec.origin).read_text(encoding="utf-8")
+        todo += _imports(sources[name], name)
+        if spec.submodule_search_locations and name == module:
+            todo.append(f"{name}.__main__")
+    return digest(sources)
+
+
+def _imports(source: str, module: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [n for n in names if n != module and n.split(".")[0] in OUR_PACKAGES and _exists(n)]
+
+
+def _exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What one stage will read and where it will write; known before anything runs."""
+
+    stage: str
+    path: Path
+    parents: dict[str, str]  # role -> directory name of the run it comes from
+    data: dict[str, str]  # recipe key or path -> SHA-256
+    settings: dict[str, Any]
+    fingerprint: str
+
+
+def plan(recipe: Recipe) -> dict[str, Planned]:
+    """Every stage of a recipe (and ``evals-<stage>`` for every scored one) with its run directory.
+
+    Raises:
+        UserError: a data path does not exist.
+    """
+    planned: dict[str, Planned] = {}
+    for stage in recipe.stages:
+        parents = {}
+        if stage != "base":
+            parents["model"] = getattr(recipe, stage).parent
+        if stage in ("reward", "dpo") and "constitution" in getattr(recipe, stage).preferences:
+            parents["preferences"] = "constitution"
+        if stage == "ppo":
+            parents = {"model": recipe.reward.parent, "reward": recipe.ppo.reward}
+            if recipe.ppo.parent != recipe.reward.parent:
+                parents["start"] = recipe.ppo.parent  # the policy starts as a copy of this stage's adapter
+        _add(planned, recipe, stage, stage, {role: planned[name].path.name for role, name in parents.items()})
+        if stage in recipe.evals.models and stage in MODEL_STAGES:
+            _add(planned, recipe, f"evals-{stage}", "evals", {"model": planned[stage].path.name})
+    return planned
+
+
+def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, parents: dict[str, str]) -> None:
+    values = settings(recipe, "model" if stage == "base" else stage)
+    paths = [p for key in sorted(DATA_KEYS & values.keys()) for p in _as_list(values[key]) if p != "constitution"]
+    if stage == "base" and Path(recipe.model.base).is_dir():
+        paths.append(recipe.model.base)
+    data = {path: hash_path(path) for path in paths}
+    code = hash_code(CODE.get(stage, stage))
+    value = digest([stage, recipe.seed, values, settings(recipe, "model"), sorted(data.values()), parents, code])[:10]
+    path = Path(recipe.runs) / recipe.name / f"{stage}-{value}"
+    planned[name] = Planned(stage, path, parents, data, values, value)
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass
+class Run:
+    """One run directory and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """Read a run directory.
+
+        Raises:
+            UserError: it has no manifest, or one that is not JSON.
+        """
+        path = Path(path)
+        try:
+            return cls(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise UserError("this is not a run directory: no manifest.json", where=str(path)) from error
+        except ValueError as error:
+            raise UserError(f"not valid JSON: {error}", where=str(path / "manifest.json")) from error
+
+    @property
+    def done(self) -> bool:
+        return self.manifest.get("status") == "complete"
+
+    @property
+    def stage(self) -> str:
+        return self.manifest["stage"]
+
+    @property
+    def model_dir(self) -> Path:
+        return self.path / "model"
+
+    def parent(self, role: str) -> Run:
+        """The run that this one started from, or took its preference model or rows from.
+
+        Raises:
+            UserError: it is not there or not complete.
+        """
+        name = self.manifest["parents"][role]
+        run = Run.load(self.path.parent / name)
+        if not run.done:
+            raise UserError(
+                f"{name} is not complete", where=str(self.path), fix=f"run its stage first: {command(run.stage)}"
+            )
+        return run
+
+    def record(self, **values: Any) -> None:
+        """Add to the manifest and write it."""
+        self.manifest |= values
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def incident(self, kind: str, **details: Any) -> None:
+        """Put on record that something went wrong or was set aside, with its evidence."""
+        entry = {"time": _now(), "kind": kind, **details}
+        self.record(incidents=[*self.manifest.get("incidents", []), entry])
+
+    def finish(self, **values: Any) -> None:
+        """The last write of a stage: everything it made is on disk before ``complete`` is."""
+        begun = self.manifest.get("seconds_before", 0) + time.time() - self.manifest["session_start"]
+        self.record(**values, seconds=round(begun, 1), peak_memory_gb=_peak_memory_gb(), finished=_now(), status="complete")
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
+    """Enter the run directory of a planned stage, made or resumed; only one process at a time.
+
+    Args:
+        recipe: the resolved recipe.
+        name: a stage, or ``evals-<stage>``.
+
+    Raises:
+        UserError: the stage is not in the recipe, a parent is missing, or another process is in it.
+    """
+    planned = plan(recipe)
+    if name not in planned:
+        raise UserError(f"the recipe has no stage {name}", where=recipe.name, fix=f"its stages: {', '.join(recipe.stages)}")
+    this = planned[name]
+    this.path.mkdir(parents=True, exist_ok=True)
+    with open(this.path / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another process is running this stage", where=str(this.path), fix="wait for it") from None
+        yield _start(recipe, this)
+
+
+def _start(recipe: Recipe, this: Planned) -> Run:
+    run = Run(this.path)
+    if (this.path / "manifest.json").exists():
+        run = Run.load(this.path)
+    if not run.done:
+        before = run.manifest.get("seconds_before", 0)
+        if run.manifest:
+            before += max(0.0, _last_write(this.path) - run.manifest["session_start"])
+        run.record(
+            stage=this.stage,
+            status="running",
+            fingerprint=this.fingerprint,
+            recipe=recipe.model_dump(mode="json"),
+            parents=this.parents,
+            data=this.data,
+            seed=recipe.seed,
+            started=run.manifest.get("started", _now()),
+            resumed=run.manifest.get("resumed", -1) + 1,
+            session_start=time.time(),
+            seconds_before=before,
+            incidents=run.manifest.get("incidents", []),
+            **provenance(),
+        )
+    for role in this.parents:
+        run.parent(role)
+    return run
+
+
+def command(stage: str) -> str:
+    """The command that runs one stage, for messages."""
+    return f"python -m {CODE.get(stage, stage)} RECIPE"
+
+
+def provenance() -> dict[str, Any]:
+    """Code, packages and machine: what a result depends on beside the recipe and the data."""
+    versions = {}
+    for package in RECORDED_VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "git": {"commit": _git("rev-parse", "HEAD"), "diff": _git("diff", "HEAD")[:200_000]},
+        "packages": versions,
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "os": platform.system()},
+    }
+
+
+def _git(*words: str) -> str:
+    try:
+        root = Path(__file__).parent.parent
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _last_write(path: Path) -> float:
+    return max((p.stat().st_mtime for p in path.rglob("*") if p.name != ".lock"), default=0.0)
+
+
+def _peak_memory_gb() -> float:
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

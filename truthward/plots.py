@@ -1,0 +1,135 @@
+"""Plots as inline SVG whose colours are CSS variables of the page, so that they read in light, dark and print."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, MUTED, GRID, ACCENT = "#010101", "#020202", "#030303", "#040404"  # stand-ins, replaced by CSS variables
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", ACCENT: "var(--accent)"}
+DASHES: list[Any] = [(0, (6, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (2, 2))]
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "truthward",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
+SMOOTH_FROM = 24  # steps from which a moving average is drawn over the raw values
+
+
+def truth_plot(
+    stages: Sequence[str],
+    panels: dict[str, Sequence[dict[str, Any]]],
+    baselines: dict[str, Sequence[float]],
+    name: str,
+) -> str:
+    """A panel a metric: stages along x, means with 95 % intervals, and the style baselines as lines.
+
+    Args:
+        stages: names along x.
+        panels: title -> one interval a stage.
+        baselines: name -> its score in each panel.
+        name: makes the ids inside the SVG unique on the page.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.3), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(panels)))
+        for index, (axis, (title, intervals)) in enumerate(zip(axes, panels.items(), strict=True)):
+            for (label, scores), dashes in zip(baselines.items(), DASHES * len(baselines), strict=False):
+                axis.axhline(scores[index], color=MUTED, linewidth=1, linestyle=dashes, label=label, zorder=1)
+            _points(axis, stages, intervals)
+            axis.set_title(title, loc="left", fontweight="bold")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1, fontsize=8, handlelength=3.2)
+        return _svg(figure, name, f"truthfulness by stage: {', '.join(panels)}")
+
+
+def _points(axis: Axes, stages: Sequence[str], intervals: Sequence[dict[str, Any]]) -> None:
+    means = [i["mean"] for i in intervals]
+    errors = [[i["mean"] - i["low"] for i in intervals], [i["high"] - i["mean"] for i in intervals]]
+    axis.errorbar(
+        range(len(stages)),
+        means,
+        yerr=np.clip(errors, 0, None),
+        color=ACCENT,
+        fmt="o",
+        markersize=5,
+        linewidth=1.6,
+        capsize=3,
+        label="model, 95 % interval",
+    )
+    axis.set_xticks(range(len(stages)), stages)
+    axis.set_xlim(-0.5, len(stages) - 0.5)
+    axis.grid(False, axis="x")
+
+
+def curve_plot(rows: Sequence[dict[str, Any]], keys: Sequence[str], name: str, columns: int = 3) -> str:
+    """A small panel for each key that the rows hold, against the step; empty when they hold none of them."""
+    panels = {key: points for key in keys if (points := _series(rows, key))[0]}
+    if not panels:
+        return ""
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10 / 3 * columns, 2.2 * lines), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(lines, columns)).ravel()
+        for axis, (key, (steps, values)) in zip(axes, panels.items(), strict=False):
+            _curve(axis, steps, values)
+            axis.set_title(key, loc="left")
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        return _svg(figure, name, f"{', '.join(panels)} by step")
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    kept = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    return [float(step) for step, _ in kept], [float(value) for _, value in kept]
+
+
+def _curve(axis: Axes, steps: list[float], values: list[float]) -> None:
+    smooth = len(values) >= SMOOTH_FROM
+    marker = "o" if len(values) < SMOOTH_FROM else ""
+    axis.plot(steps, values, color=ACCENT, linewidth=1.0, alpha=0.35 if smooth else 1, marker=marker, markersize=3)
+    if smooth:
+        width = max(5, len(values) // 12)
+        kernel = np.ones(width) / width
+        axis.plot(np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid"), color=ACCENT, linewidth=1.8)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
+
+
+def _svg(figure: Figure, name: str, label: str) -> str:
+    """The figure as an SVG element: no metadata, ids of its own, colours by variable, the page's font."""
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = text.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    text = re.sub(r"(font: [^;\"]*?[\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", text)
+    for stand_in, variable in VARIABLES.items():
+        text = text.replace(stand_in, variable)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

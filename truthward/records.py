@@ -1,0 +1,243 @@
+"""Rows of data: what each kind holds, read with errors that name the file and line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from truthward.errors import UserError
+from truthward.ledger import write_text
+
+
+class Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Message(Row):
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1)
+
+
+class Demonstration(Row):
+    """A conversation whose last turn is the assistant's; that turn is what a model learns."""
+
+    id: str
+    kind: str = ""
+    messages: list[Message] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _ends_with_answer(self) -> Demonstration:
+        if self.messages[-1].role != "assistant":
+            raise ValueError("the last message must be the assistant's")
+        return self
+
+
+class Prompt(Row):
+    id: str
+    kind: str = ""
+    prompt: str = Field(min_length=1)
+
+
+class Question(Row):
+    """A question with true and false answers; ``true[i]`` and ``false[i]`` are matched in first word and length."""
+
+    id: str
+    topic: str
+    kind: str
+    question: str = Field(min_length=1)
+    true: list[str] = Field(min_length=1)
+    false: list[str] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _answers_differ(self) -> Question:
+        if set(self.true) & set(self.false):
+            raise ValueError("an answer stands under both true and false")
+        return self
+
+
+class Preference(Row):
+    """Which of two answers is better, with what probability, and where that judgement came from.
+
+    Attributes:
+        probability: that ``chosen`` is the better one, in [0.5, 1] (a soft label).
+        source: file or stage the row came from.
+        principle, round, seed, model: for generated rows, what produced it.
+    """
+
+    prompt: str = Field(min_length=1)
+    chosen: str = Field(min_length=1)
+    rejected: str = Field(min_length=1)
+    probability: float = Field(1.0, ge=0.5, le=1.0)
+    source: str = ""
+    principle: list[str] = []
+    round: int = 0
+    seed: int = 0
+    model: str = ""
+
+
+class Revision(Row):
+    """One critique and revision of an answer (Bai et al. 2022, section 3.1), and whether it helped."""
+
+    prompt_id: str
+    prompt: str
+    answer: str
+    critique: str
+    revision: str
+    principle: str
+    principle_version: int
+    round: int
+    seed: int
+    model: str
+    score_before: float
+    score_after: float
+    helped: bool
+    why_not: str = ""
+
+
+class Principle(Row):
+    """One principle of the constitution, with every text that a stage shows a model."""
+
+    id: str = Field(min_length=1)
+    version: int = Field(ge=1)
+    title: str = Field(min_length=1)
+    text: str = Field(min_length=1)
+    critique: str = Field(min_length=1)
+    revision: str = Field(min_length=1)
+    follow: str = Field(min_length=1, description="system prompt under which an answer keeps the principle")
+    violate: str = Field(min_length=1, description="system prompt under which an answer breaks it")
+    weight: float = Field(1.0, gt=0)
+    tags: list[str] = []
+    why: str = Field(min_length=1)
+
+
+R = TypeVar("R", bound=Row)
+
+
+def read_rows(path: str | Path, kind: type[R]) -> list[R]:
+    """All rows of a JSONL file, or of every ``*.jsonl`` of a directory in name order.
+
+    Raises:
+        UserError: missing, empty, or a line that is not such a row; names file, line and field.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    rows: list[R] = []
+    for file in files:
+        if not file.is_file():
+            raise UserError("there is no such file", where=str(file), fix="mend the path in the recipe")
+        for number, line in enumerate(_lines(file), 1):
+            if line.strip():
+                rows.append(_parse(line, kind, f"{file}:{number}"))
+    if not rows:
+        raise UserError("no rows", where=str(path), fix=f"put {kind.__name__.lower()} rows there, one JSON object a line")
+    return rows
+
+
+def write_rows(path: Path, rows: list[Any]) -> None:
+    """Write rows as JSONL, all or nothing."""
+    write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))
+
+
+def read_principles(path: str | Path) -> list[Principle]:
+    """The constitution: ``[[principle]]`` tables of a TOML file.
+
+    Raises:
+        UserError: not TOML, an unknown key, an empty text, or an id used twice.
+    """
+    import tomllib
+
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError("there is no such file", where=str(path)) from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"not valid TOML: {error}", where=str(path)) from error
+    principles = [_check(t, Principle, f"{path}: principle {i}") for i, t in enumerate(tree.get("principle", []), 1)]
+    if not principles:
+        raise UserError("no [[principle]] tables", where=str(path))
+    ids = [p.id for p in principles]
+    if repeated := sorted({i for i in ids if ids.count(i) > 1}):
+        raise UserError(f"principle id used twice: {', '.join(repeated)}", where=str(path), fix="give each its own id")
+    return principles
+
+
+def read_demonstrations(paths: list[str]) -> list[Demonstration]:
+    """Demonstrations and, from files named ``revisions*``, the revisions that helped."""
+    rows: list[Demonstration] = []
+    for path in paths:
+        if Path(path).name.startswith("revisions"):
+            rows += [
+                Demonstration(
+                    id=f"{r.prompt_id}/{r.round}",
+                    kind="revision",
+                    messages=[Message(role="user", content=r.prompt), Message(role="assistant", content=r.revision)],
+                )
+                for r in read_rows(path, Revision)
+                if r.helped
+            ]
+        else:
+            rows += read_rows(path, Demonstration)
+    return rows
+
+
+def truth_preferences(questions: list[Question], source: str) -> list[Preference]:
+    """Each true answer against the false answer that matches it in first word and length."""
+    return [
+        Preference(prompt=q.question, chosen=true, rejected=false, source=f"{source}/{q.id}")
+        for q in questions
+        for true, false in zip(q.true, q.false, strict=False)
+    ]
+
+
+def read_preferences(sources: list[str], constitution_run: Path | None, limit: int, seed: int) -> list[Preference]:
+    """Preferences of truth banks (directories), files, and the ``constitution`` stage; at most ``limit``, shuffled.
+
+    Every source keeps its share when rows are left out. Order and choice depend on ``seed`` alone.
+    """
+    groups = []
+    for source in sources:
+        if source == "constitution":
+            if constitution_run is None:
+                raise UserError("no constitution run", where="preferences", fix="run the constitution stage first")
+            path = constitution_run / "preferences.jsonl"
+            groups.append(read_rows(path, Preference) if path.stat().st_size else [])
+        elif Path(source).is_dir():
+            groups.append(truth_preferences(read_rows(source, Question), source))
+        else:
+            groups.append(read_rows(source, Preference))
+    draw = random.Random(seed)
+    total = sum(map(len, groups))
+    kept: list[Preference] = []
+    for group in groups:
+        draw.shuffle(group)
+        kept += group[: round(len(group) * min(1.0, limit / max(total, 1)))]
+    draw.shuffle(kept)
+    return kept
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text: {error}", where=str(file)) from error
+
+
+def _parse(line: str, kind: type[R], where: str) -> R:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not valid JSON: {error}", where=where, fix="one JSON object a line") from error
+    return _check(value, kind, where)
+
+
+def _check(value: Any, kind: type[R], where: str) -> R:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg']}" for e in error.errors())
+        fix = f"a {kind.__name__.lower()} has the keys {', '.join(kind.model_fields)}"
+        raise UserError(faults, where=where, fix=fix) from error

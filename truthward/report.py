@@ -1,0 +1,117 @@
+"""The report of a recipe: ``report.html`` from its run directories, and the table that closes a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from truthward.card import METRICS, interval
+from truthward.ledger import write_text
+from truthward.recipe import Recipe
+from truthward.report_page import Html, join, page, tag
+from truthward.report_sections import SECTIONS
+from truthward.report_view import Stage, View, cost, direction, effect, gather, headline, listed
+
+EFFECTS = {
+    "helped": "helped",
+    "mixed": "cut both ways",
+    "none": "made no measurable difference",
+    "hurt": "hurt",
+}
+
+
+def write_report(recipe: Recipe) -> Path:
+    """Write ``runs/<recipe>/report.html``, one self-contained page, from whatever is complete.
+
+    Raises:
+        UserError: a data path of the recipe does not exist, or a manifest is not JSON.
+    """
+    view = gather(recipe)
+    made = [(key, title, build(view)) for key, (title, build) in SECTIONS.items()]
+    kept = [(key, title, body) for key, title, body in made if body]
+    title = f"Truthfulness of {recipe.name}"
+    links = tag("nav", join((tag("a", title, href=f"#{key}") for key, title, _ in kept), " "))
+    head = join([tag("h1", title), *[tag("p", line, class_="lead") for line in outcome(view)], links])
+    body = join([head, *[join([tag("h2", title, id=key), body]) for key, title, body in kept]])
+    path = Path(recipe.runs) / recipe.name / "report.html"
+    write_text(path, page(title, body))
+    return path
+
+
+def closing_table(recipe: Recipe) -> Table:
+    """One row a stage for the terminal: scores with intervals, difference to base, gate, time and memory."""
+    view = gather(recipe)
+    table = Table("stage", *METRICS.values(), "MC1 - base", "gate", title=recipe.name, title_justify="left")
+    for column in ("time", "memory"):
+        table.add_column(column, justify="right")
+    for stage in view.stages:
+        table.add_row(*[Text(text) for text in [stage.name, *_scores(stage), stage.gate, *cost(stage.seen)]])
+    return table
+
+
+def _scores(stage: Stage) -> list[str]:
+    if not stage.evals:
+        return [stage.state or headline(stage), "", "", ""]
+    compared = stage.compared("base")
+    difference = interval(compared["differences"]["mc1"], sign=True) if compared else "-"
+    return [*[interval(stage.evals["metrics"][m]) for m in METRICS], difference]
+
+
+# ----------------------------------------------------------------------------------------------------------- outcome
+
+
+def outcome(view: View) -> list[Html]:
+    """What came of the recipe, in a few plain sentences."""
+    parts = [_against_base(view), _by_stage(view), _missing(view)]
+    return [part for part in parts if part]
+
+
+def _against_base(view: View) -> Html:
+    final = view.final
+    compared = final.compared("base") if final else None
+    if not final or not compared:
+        return Html("No trained stage has been compared with the base yet, so there is no outcome to report.")
+    differences = compared["differences"]
+    found = {m: direction(differences[m]) for m in METRICS}
+    clauses = []
+    for m, label in METRICS.items():
+        words = {1: "clears zero", -1: "lies below zero", 0: "includes zero"}[found[m]]
+        clauses.append(f"{label} {_signed(differences[m])}, which {words}")
+    up, down = ([METRICS[m] for m in METRICS if found[m] == sign] for sign in (1, -1))
+    if up and down:
+        verdict = f"more truthful than the base by {listed(up)} but less truthful by {listed(down)}"
+    elif up:
+        verdict = "more truthful than the base" + ("" if len(up) == len(METRICS) else f" by {listed(up)} only")
+    elif down:
+        verdict = f"less truthful than the base by {listed(down)}"
+    else:
+        verdict = "not measurably more or less truthful than the base"
+    n = differences["mc1"]["n"]
+    return join(
+        [
+            tag("strong", f"The final model ({final.name}) is {verdict}."),
+            f"Paired differences on {n} held-out questions with 95 % intervals: {'; '.join(clauses)}.",
+        ],
+        " ",
+    )
+
+
+def _by_stage(view: View) -> Html:
+    groups: dict[str, list[str]] = {}
+    for stage in view.scored:
+        compared = stage.compared("parent")
+        if compared:
+            groups.setdefault(effect(compared), []).append(f"{stage.name} (from {compared['stage']})")
+    clauses = [f"{listed(groups[kind])} {words}" for kind, words in EFFECTS.items() if kind in groups]
+    return Html(f"Each stage against its parent: {'; '.join(clauses)}.") if clauses else Html("")
+
+
+def _missing(view: View) -> Html:
+    missing = [f"{stage.name} ({stage.state})" for stage in view.stages if stage.state]
+    return join([f"Missing from this report: {', '.join(missing)}."]) if missing else Html("")
+
+
+def _signed(value: dict[str, float]) -> str:
+    return interval(value, sign=True).replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,81 @@
+"""How every stage script starts and ends: read the recipe, enter the run directory, run, report errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from truthward.console import say
+from truthward.errors import GateFailed, TrainingFault, UserError
+from truthward.ledger import Run, open_run
+from truthward.recipe import Recipe, load_recipe, require_reasons
+
+Work = Callable[[Recipe, Run], None]
+
+
+def arguments(description: str, *, add_help: bool = True) -> argparse.ArgumentParser:
+    """The command line that all stages share."""
+    parser = argparse.ArgumentParser(description=description, add_help=add_help)
+    parser.add_argument("recipe", help="TOML file, e.g. recipes/laptop.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. ppo.kl_coef=0.02")
+    parser.add_argument("--why", default="", help="the reason for the overrides")
+    return parser
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Run and turn the errors that a user can meet into one clear message and an exit code."""
+    try:
+        work()
+    except (UserError, GateFailed, TrainingFault) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (28, 13, 30):  # no space, no permission, read-only
+            raise
+        print(f"error: {error}\n  to do: make room or give write permission, then run the same command", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_stage(recipe: Recipe, name: str, work: Work, again: Work | None = None) -> None:
+    """Do a stage unless its run directory is already complete; then only ``again``, if there is any."""
+    with open_run(recipe, name) as this:
+        if this.done:
+            say(f"[bold]{name}[/] up to date  [dim]{this.path}[/]")
+            if again:
+                again(recipe, this)
+            return
+        say(f"[bold]{name}[/] {'resumes in' if this.manifest['resumed'] else 'runs in'} [dim]{this.path}[/]")
+        work(recipe, this)
+
+
+def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None = None, again: Work | None = None) -> None:
+    """Entry point of a stage script.
+
+    Args:
+        name: the stage.
+        work: does it, given the recipe and an open run.
+        expand: for a stage that runs once for each of several models, their planned names.
+        again: what is done instead where the run is already complete.
+    """
+    parser = arguments(f"truthward stage {name}")
+    if expand:
+        parser.add_argument("--only", help="one of the runs that the stage has, e.g. evals-sft")
+    options = parser.parse_args()
+
+    def begin() -> None:
+        recipe = load_recipe(options.recipe, options.overrides, options.why)
+        require_reasons(recipe, options.recipe)
+        names = [name] if expand is None else [n for n in expand(recipe) if options.only in (None, n)]
+        for each in names:
+            run_stage(recipe, each, work, again)
+
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.path[:0] = [] if str(Path.cwd()) in sys.path else [str(Path.cwd())]
+    sys.exit(guarded(begin))

@@ -1,0 +1,89 @@
+"""Metrics: ``metrics.jsonl`` in the run directory always, and wandb beside it (offline unless logged in)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from truthward.ledger import Run, write_text
+from truthward.recipe import Recipe
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """Every whole line of a run's metrics; a line cut off by a crash is passed over."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+class Tracker:
+    """Writes a step's metrics to the run's ``metrics.jsonl`` and to wandb."""
+
+    def __init__(self, run: Run, wandb_run: Any) -> None:
+        self.run, self.wandb = run, wandb_run
+        self.path: Path = run.path / "metrics.jsonl"
+
+    def resume_at(self, step: int) -> None:
+        """Forget metrics of steps that the checkpoint does not hold; they will be made again."""
+        kept = [row for row in read_metrics(self.run) if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Add one row; a number that is not finite is kept as null."""
+        row = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+
+
+@contextlib.contextmanager
+def tracked(recipe: Recipe, run: Run) -> Iterator[Tracker]:
+    """A tracker; in wandb, one group a recipe and one run a stage.
+
+    wandb is online when logged in, offline otherwise, off with ``WANDB_MODE=disabled``.
+    """
+    wandb_run = _wandb(recipe, run)
+    try:
+        yield Tracker(run, wandb_run)
+    finally:
+        if wandb_run is not None:
+            wandb_run.finish(quiet=True)
+
+
+def _wandb(recipe: Recipe, run: Run) -> Any:
+    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    if mode == "disabled":
+        return None
+    import wandb
+
+    return wandb.init(
+        project="truthward",
+        group=recipe.name,
+        name=run.path.name,
+        id=run.path.name,
+        resume="allow" if mode == "online" else None,
+        mode=mode,  # type: ignore[arg-type]
+        dir=str(run.path),
+        config={"recipe": run.manifest["recipe"], "manifest": str(run.path / "manifest.json")},
+        settings=wandb.Settings(silent=True, x_disable_stats=True, console="off"),
+    )
+
+
+def _logged_in() -> bool:
+    netrc = Path.home() / ".netrc"
+    with contextlib.suppress(OSError):
+        return "WANDB_API_KEY" in os.environ or "api.wandb.ai" in netrc.read_text()
+    return "WANDB_API_KEY" in os.environ
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,128 @@
+"""What SFT, reward and DPO share around a TRL trainer: arguments from the recipe, metrics, the guard, exact resume."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import TrainerCallback
+
+from truthward.console import progress
+from truthward.errors import UserError
+from truthward.guard import check_finite
+from truthward.ledger import Run
+from truthward.recipe import Launch, Training, exact_div
+from truthward.tracking import Tracker
+
+datasets.disable_progress_bars()
+
+
+def trainer_arguments(table: Training, launch: Launch, run: Run, seed: int) -> dict[str, Any]:
+    """Keyword arguments for TRL's config classes. Batch words: rows a step = micro batch * ranks * accumulation."""
+    micro = min(table.micro_batch_size, table.batch_size)
+    return {
+        "output_dir": str(run.path / "checkpoints"),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": exact_div(table.batch_size, micro * launch.ranks, "batch_size, micro_batch_size"),
+        "learning_rate": table.learning_rate,
+        "lr_scheduler_type": table.schedule if table.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": table.warmup_ratio,
+        "weight_decay": table.weight_decay,
+        "max_grad_norm": table.max_grad_norm,
+        "num_train_epochs": table.epochs,
+        "max_length": table.max_length,
+        "seed": seed,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": table.checkpoint_every,
+        "save_total_limit": 2,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,  # the weights already have the measured compute type; adapters stay fp32
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "report_to": [],
+        "deepspeed": launch.deepspeed,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def fit(trainer: Any, tracker: Tracker, description: str) -> int:
+    """Train to the end, from the last whole checkpoint if there is one.
+
+    Returns:
+        the number of optimizer steps of the whole run.
+
+    Raises:
+        TrainingFault: a loss or gradient is not finite.
+    """
+    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    if checkpoint:
+        tracker.resume_at(int(checkpoint.name.split("-")[1]))
+    else:
+        tracker.resume_at(0)
+    for callback in ("PrinterCallback", "ProgressCallback"):
+        for held in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == callback]:
+            trainer.remove_callback(held)
+    trainer.add_callback(_Report(tracker, description))
+    trainer.create_model_card = lambda *args, **kwargs: None  # the record is ours, at export
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.state.global_step
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end (the trainer's state is its last file)."""
+    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists() and _readable(p)]
+    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def _readable(checkpoint: Path) -> bool:
+    import json
+
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def refuse_long(lengths: list[int], limit: int, what: str, key: str) -> None:
+    """Rows over the limit are an error: cutting them would train on answers that never end.
+
+    Raises:
+        UserError: some row is longer than ``limit`` tokens.
+    """
+    long = [i for i, n in enumerate(lengths) if n > limit]
+    if long:
+        raise UserError(
+            f"{len(long)} of {len(lengths)} {what} are longer than {limit} tokens (longest {max(lengths)}, first is row "
+            f"{long[0] + 1})",
+            where=key,
+            fix=f"raise {key} to {max(lengths)}, or shorten or drop these rows",
+        )
+
+
+class _Report(TrainerCallback):
+    """Writes each step's metrics, moves the bar, and stops the run on a loss that is not finite."""
+
+    def __init__(self, tracker: Tracker, description: str) -> None:
+        self.tracker, self.description = tracker, description
+        self.bar = progress()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task(self.description, total=state.max_steps, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        for name in ("loss", "grad_norm"):
+            check_finite(name, float(logs.get(name, 0.0)), state.global_step, self.tracker.run)
+        numbers = {k: float(v) for k, v in logs.items() if isinstance(v, int | float) and math.isfinite(float(v))}
+        self.tracker.log(state.global_step, numbers)
+        self.bar.update(self.task, completed=state.global_step, description=f"{self.description} loss {logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
