@@ -40,23 +40,28 @@ class Judge:
 
     def scores(self, cases: list[Case], description: str = "judging") -> list[list[float]]:
         """Mean score a token of every answer, averaged over the case's principles (nats)."""
-        items, signs, owners = [], [], []
+        follow = self.under("follow", cases, description)
+        if self.method == "likelihood":
+            return follow
+        return _minus(follow, self.under("violate", cases, description))
+
+    def under(self, side: str, cases: list[Case], description: str) -> list[list[float]]:
+        """log p a token of each answer under one side's system prompts, averaged over principles."""
+        items, owners = [], []
         for index, case in enumerate(cases):
+            answers = [chat.answer_ids(self.tokenizer, a) for a in case.answers]
             for principle in case.principles:
-                prompts = [(principle.follow, 1.0)] + ([(principle.violate, -1.0)] if self.method == "contrast" else [])
-                for system, sign in prompts:
-                    prompt = chat.prompt_ids(self.tokenizer, chat.user(case.prompt, system))
-                    items.append(Item(prompt, [chat.answer_ids(self.tokenizer, a) for a in case.answers]))
-                    signs.append(sign / len(case.principles))
-                    owners.append(index)
+                system = principle.follow if side == "follow" else principle.violate
+                items.append(Item(chat.prompt_ids(self.tokenizer, chat.user(case.prompt, system)), answers))
+                owners.append(index)
         with progress() as bar:
-            task = bar.add_task(description, total=len(items))
+            task = bar.add_task(f"{description} ({side})", total=len(items))
             sums = answer_sums(self.model, items, tick=lambda n: bar.advance(task, n))
-        totals = [[0.0] * len(case.answers) for case in cases]
-        for item, sign, owner, row in zip(items, signs, owners, sums, strict=True):
+        means = [[0.0] * len(case.answers) for case in cases]
+        for item, owner, row in zip(items, owners, sums, strict=True):
             for k, value in enumerate(row):
-                totals[owner][k] += sign * value / len(item.answers[k])
-        return totals
+                means[owner][k] += value / len(item.answers[k]) / len(cases[owner].principles)
+        return means
 
 
 def measure(
@@ -74,19 +79,23 @@ def measure(
         ``methods`` (accuracy, and refused where the interval does not clear chance) and ``chosen``, the best of them.
     """
     draw = random.Random(seed)
-    cases, owners = [], []
-    for question in questions:
-        chosen = pick(principles, how_many, draw)
-        for true, false in zip(question.true, question.false, strict=False):
-            cases.append(Case(question.question, [true, false], chosen))
-            owners.append(question.id)
-    methods = {}
-    for method in METHODS:
-        scores = Judge(model, tokenizer, method).scores(cases, f"qualifying {method}")
-        right = [1.0 if t > f else 0.5 if t == f else 0.0 for t, f in scores]
+    cases = [Case(q.question, [*q.true, *q.false], pick(principles, how_many, draw)) for q in questions]
+    judge = Judge(model, tokenizer)
+    follow, violate = (judge.under(side, cases, "qualifying") for side in ("follow", "violate"))
+    methods: dict[str, dict[str, Any]] = {}
+    for method, scores in zip(METHODS, (_minus(follow, violate), follow), strict=True):
+        right, owners = [], []
+        for question, row in zip(questions, scores, strict=True):
+            for true, false in zip(row, row[len(question.true) :], strict=False):
+                right.append(1.0 if true > false else 0.5 if true == false else 0.0)
+                owners.append(question.id)
         accuracy = stats.mean_interval(right, clusters=owners, resamples=resamples, seed=seed)
         methods[method] = {"accuracy": accuracy.as_dict(), "refused": accuracy.low <= CHANCE}
     return {"methods": methods, "chosen": max(methods, key=lambda m: methods[m]["accuracy"]["mean"])}
+
+
+def _minus(a: list[list[float]], b: list[list[float]]) -> list[list[float]]:
+    return [[x - y for x, y in zip(row, other, strict=True)] for row, other in zip(a, b, strict=True)]
 
 
 def require_qualified(record: dict[str, Any]) -> None:
@@ -107,7 +116,7 @@ def require_qualified(record: dict[str, Any]) -> None:
 
 def pick(principles: list[Principle], how_many: int, draw: random.Random) -> list[Principle]:
     """Different principles, drawn by weight."""
-    left, chosen = list(principles), []
+    left, chosen = list(principles), list[Principle]()
     while left and len(chosen) < how_many:
         (one,) = draw.choices(left, weights=[p.weight for p in left])
         left.remove(one)

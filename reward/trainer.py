@@ -32,6 +32,10 @@ class PairCollator:
 class SoftRewardTrainer(RewardTrainer):
     """The preference loss of :mod:`reward.losses` on TRL's loop."""
 
+    model: Any
+    args: Any
+    _signature_columns: Any
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["chosen_ids", "rejected_ids", "probability"]
 

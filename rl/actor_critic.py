@@ -135,5 +135,5 @@ def _config(adapter: Path) -> LoraConfig:
 
 def _load(model: Any, adapter: Path, name: str) -> None:
     state = {n: t for n, t in load_file(adapter / "adapter_model.safetensors").items() if ".lora_" in n}
-    result = set_peft_model_state_dict(model, state, adapter_name=name)
+    result: Any = set_peft_model_state_dict(model, state, adapter_name=name)
     assert not result.unexpected_keys, result.unexpected_keys

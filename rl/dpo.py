@@ -33,6 +33,8 @@ class SoftDpoTrainer(DPOTrainer):
     """The loss of :mod:`rl.losses` on TRL's loop, for rows that already hold tokens and reference log-probabilities."""
 
     run: Run
+    model: Any
+    _signature_columns: Any
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -52,7 +54,9 @@ class SoftDpoTrainer(DPOTrainer):
         outputs = model(**inputs, use_cache=False)
         logprobs = token_logprobs(outputs.logits[0], target)
         sums = torch.zeros(ref.numel(), device=ref.device).index_add(0, branch, logprobs).view_as(ref)
-        loss = dpo_loss(*sums.unbind(1), *ref.unbind(1), probability, beta=self.beta)
+        chosen, rejected = sums.unbind(1)
+        ref_chosen, ref_rejected = ref.unbind(1)
+        loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, probability, beta=self.beta)
         margins = loss.chosen_rewards - loss.rejected_rewards
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, values in (
@@ -84,6 +88,21 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
+def reference_sums(model: Any, items: list[Item]) -> list[tuple[float, float]]:
+    """log p of chosen and rejected under the reference, each prompt computed once however many pairs it has."""
+    answers: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
+    for item in items:
+        answers.setdefault(tuple(item.prompt), {}).update({tuple(a): 0.0 for a in item.answers})
+    merged = [Item(list(prompt), [list(a) for a in held]) for prompt, held in answers.items()]
+    with progress() as bar:
+        task = bar.add_task("dpo reference", total=len(merged))
+        sums = answer_sums(model, merged, tick=lambda n: bar.advance(task, n))
+    for held, row in zip(answers.values(), sums, strict=True):
+        held.update(zip(list(held), row, strict=True))
+    looked_up = [[answers[tuple(i.prompt)][tuple(a)] for a in i.answers] for i in items]
+    return [(chosen, rejected) for chosen, rejected in looked_up]
+
+
 def run(recipe: Recipe, this: Run) -> None:
     """Train the DPO policy and write its adapter (or weights)."""
     table, parent = recipe.dpo, this.parent("model")
@@ -103,9 +122,7 @@ def run(recipe: Recipe, this: Run) -> None:
     say(f"  {len(items)} pairs; {str(dtype)[6:]} ({reason})")
     this.record(dtype=str(dtype), dtype_reason=reason)
     model = models.load(parent, dtype)
-    with progress() as bar:
-        task = bar.add_task("dpo reference", total=len(items))
-        reference = answer_sums(model, items, tick=lambda n: bar.advance(task, n))
+    reference = reference_sums(model, items)
     rows = [
         {
             "prompt_ids": item.prompt,

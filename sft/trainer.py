@@ -20,6 +20,8 @@ IGNORE = -100
 class LeanSftTrainer(SFTTrainer):
     """``loss = sum over labelled tokens of -log p / number of labelled tokens in the step, over ranks``."""
 
+    model: Any
+
     def require_labels(self) -> None:
         """Every row, after packing, has words to learn from.
 

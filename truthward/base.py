@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from truthward.ledger import Run
 from truthward.recipe import Recipe
-from truthward.stage import main
 
 
 def run(recipe: Recipe, this: Run) -> None:
@@ -16,4 +15,6 @@ def run(recipe: Recipe, this: Run) -> None:
 
 
 if __name__ == "__main__":
+    from truthward.stage import main
+
     main("base", run)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from truthward.errors import UserError
-from truthward.ledger import Run, command
+from truthward.ledger import CODE, Run
 from truthward.recipe import Recipe
 
 HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -89,9 +89,9 @@ def lineage(run: Run) -> list[Run]:
 
 
 def interval(value: dict[str, Any], *, sign: bool = False) -> str:
-    """``0.457 [0.40, 0.51]``; with ``sign``, ``+0.020 [-0.03, +0.07]``."""
+    """``0.457 [0.40, 0.51]``; with ``sign``, ``+0.020 [-0.031, +0.070]``."""
     if sign:
-        return f"{value['mean']:+.3f} [{value['low']:+.2f}, {value['high']:+.2f}]"
+        return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
     return f"{value['mean']:.3f} [{value['low']:.2f}, {value['high']:.2f}]"
 
 
@@ -113,7 +113,8 @@ def model_card(run: Run) -> str:
         _front_matter(recipe),
         f"# {title}",
         f"A chat model made by the `{run.stage}` stage of the truthward recipe `{recipe['name']}`, which trains small models"
-        " to prefer true answers to common falsehoods. The weights are composed of every model in the lineage below.",
+        " to prefer true answers to common falsehoods. The weights are the base's, with the changes of each model parent"
+        " in the lineage below folded in.",
         "Our part is under Apache-2.0. The base model keeps its own licence.",
         "## Lineage\n\n" + _lineage_table(runs),
         "## Truthfulness\n\n" + _evals_text(run),
@@ -210,7 +211,8 @@ def _reproduce(run: Run, runs: list[Run]) -> str:
     where = f"commit `{git['commit']}`" if git.get("commit") else "the same source (no commit was recorded)"
     changed = " The source differed from that commit; the difference is in `truthward.json`." if git.get("diff") else ""
     packages = ", ".join(f"{name} {version}" for name, version in run.manifest.get("packages", {}).items())
-    commands = "\n".join(command(stage).replace("RECIPE", "recipe.toml") for stage in dict.fromkeys(r.stage for r in runs))
+    stages = dict.fromkeys(r.stage for r in runs)
+    commands = "\n".join(f"python -m {CODE.get(stage, stage)} recipe.toml" for stage in [*stages, "evals"])
     return (
         f"Check out {where}.{changed} Save the recipe above as `recipe.toml`, make sure that the data have the hashes above,"
         f" and run:\n\n```sh\n{commands}\n```\n\n"

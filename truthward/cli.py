@@ -104,9 +104,9 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from truthward import models
+    from truthward.export import export
 
-    models.export(Run.load(options.run), Path(options.target))
+    export(Run.load(options.run), Path(options.target))
     say(f"wrote {options.target}")
 
 

@@ -93,36 +93,34 @@ def hash_path(path: str) -> str:
 def hash_code(module: str) -> str:
     """SHA-256 over the source of a module and of every module of this project that it imports, at any remove."""
     sources: dict[str, str] = {}
-    todo = [module]
+    todo = [module, f"{module}.__main__"]
     while todo:
         name = todo.pop()
-        if name in sources or name.split(".")[0] not in OUR_PACKAGES:
-            continue
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            continue
-        sources[name] = Path(spec.origin).read_text(encoding="utf-8")
-        todo += _imports(sources[name], name)
-        if spec.submodule_search_locations and name == module:
-            todo.append(f"{name}.__main__")
+        file = None if name in sources else _source_file(name)
+        if file:
+            sources[name] = file.read_text(encoding="utf-8")
+            todo += _imports(sources[name])
     return digest(sources)
 
 
-def _imports(source: str, module: str) -> list[str]:
+def _imports(source: str) -> list[str]:
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [n for n in names if n != module and n.split(".")[0] in OUR_PACKAGES and _exists(n)]
+    return names
 
 
-def _exists(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+def _source_file(module: str) -> Path | None:
+    """The file of one of our modules, found without importing anything; None for other names."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top) if top in OUR_PACKAGES else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0], *rest)
+    return next((f for f in (path / "__init__.py", path.with_suffix(".py")) if f.is_file()), None)
 
 
 # -------------------------------------------------------------------------------------------------------------- plan
@@ -223,12 +221,7 @@ class Run:
             UserError: it is not there or not complete.
         """
         name = self.manifest["parents"][role]
-        run = Run.load(self.path.parent / name)
-        if not run.done:
-            raise UserError(
-                f"{name} is not complete", where=str(self.path), fix=f"run its stage first: {command(run.stage)}"
-            )
-        return run
+        return complete(self.path.parent / name)
 
     def record(self, **values: Any) -> None:
         """Add to the manifest and write it."""
@@ -261,6 +254,8 @@ def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
     if name not in planned:
         raise UserError(f"the recipe has no stage {name}", where=recipe.name, fix=f"its stages: {', '.join(recipe.stages)}")
     this = planned[name]
+    for parent in this.parents.values():
+        complete(this.path.parent / parent)
     this.path.mkdir(parents=True, exist_ok=True)
     with open(this.path / ".lock", "w") as lock:
         try:
@@ -293,14 +288,22 @@ def _start(recipe: Recipe, this: Planned) -> Run:
             incidents=run.manifest.get("incidents", []),
             **provenance(),
         )
-    for role in this.parents:
-        run.parent(role)
     return run
 
 
-def command(stage: str) -> str:
-    """The command that runs one stage, for messages."""
-    return f"python -m {CODE.get(stage, stage)} RECIPE"
+def complete(path: Path) -> Run:
+    """A run that another one builds on.
+
+    Raises:
+        UserError: it is not there, or not complete.
+    """
+    run = Run.load(path) if (path / "manifest.json").exists() else Run(path)
+    if not run.done:
+        stage = path.name.rpartition("-")[0]
+        state = "is not complete" if run.manifest else "has not been run with these settings, data and code"
+        first = f"run python -m {CODE.get(stage, stage)} RECIPE first"
+        raise UserError(f"stage {stage} {state}", where=str(path), fix=first)
+    return run
 
 
 def provenance() -> dict[str, Any]:

@@ -7,9 +7,7 @@ always "adapters off".
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import os
 import warnings
 from pathlib import Path
@@ -183,23 +181,3 @@ def save_head(folder: Path, **tensors: torch.Tensor) -> None:
 def load_head(folder: Path) -> dict[str, torch.Tensor]:
     """Read what :func:`save_head` wrote."""
     return load_file(folder / "head.safetensors")
-
-
-def export(run: Run, target: Path) -> None:
-    """Write any point of the chain as plain Hugging Face weights with tokenizer and model card.
-
-    Raises:
-        UserError: the target already exists.
-    """
-    from truthward.card import model_card
-
-    if target.exists():
-        raise UserError("it already exists", where=str(target), fix="name a new folder; nothing is overwritten")
-    model, tokenizer = load(run), load_tokenizer(run)
-    with contextlib.suppress(AttributeError):
-        model.config.use_cache = True
-    with whole_directory(target) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(run), encoding="utf-8")
-        (folder / "truthward.json").write_text(json.dumps([r.manifest for r in chain(run)], indent=1), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -17,13 +17,15 @@ from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, GRID, ACCENT = "#010101", "#020202", "#030303", "#040404"  # stand-ins, replaced by CSS variables
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", ACCENT: "var(--accent)"}
-DASHES: list[Any] = [(0, (6, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (2, 2))]
-STYLE: dict[str, Any] = {
+DASHES: list[Any] = [(0, (6, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5)), "-"]
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "truthward",
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.titlesize": 10,
@@ -37,13 +39,14 @@ STYLE: dict[str, Any] = {
     "ytick.color": MUTED,
     "legend.frameon": False,
 }
+COLUMNS = 3  # panels beside each other
 SMOOTH_FROM = 24  # steps from which a moving average is drawn over the raw values
 
 
 def truth_plot(
     stages: Sequence[str],
-    panels: dict[str, Sequence[dict[str, Any]]],
-    baselines: dict[str, Sequence[float]],
+    panels: Mapping[str, Sequence[dict[str, Any]]],
+    baselines: Mapping[str, Sequence[float]],
     name: str,
 ) -> str:
     """A panel a metric: stages along x, means with 95 % intervals, and the style baselines as lines.
@@ -86,16 +89,15 @@ def _points(axis: Axes, stages: Sequence[str], intervals: Sequence[dict[str, Any
     axis.grid(False, axis="x")
 
 
-def curve_plot(rows: Sequence[dict[str, Any]], keys: Sequence[str], name: str, columns: int = 3) -> str:
+def curve_plot(rows: Sequence[dict[str, Any]], keys: Sequence[str], name: str) -> str:
     """A small panel for each key that the rows hold, against the step; empty when they hold none of them."""
     panels = {key: points for key in keys if (points := _series(rows, key))[0]}
     if not panels:
         return ""
-    columns = min(columns, len(panels))
-    lines = -(-len(panels) // columns)
+    lines = -(-len(panels) // COLUMNS)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10 / 3 * columns, 2.2 * lines), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(lines, columns)).ravel()
+        figure = Figure(figsize=(10, 2.2 * lines), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(lines, COLUMNS)).ravel()
         for axis, (key, (steps, values)) in zip(axes, panels.items(), strict=False):
             _curve(axis, steps, values)
             axis.set_title(key, loc="left")

@@ -244,7 +244,8 @@ def _apply(tree: dict[str, Any], override: str, why: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    path, table = [str(part) for part in error["loc"]], Recipe
+    path = [str(part) for part in error["loc"]]
+    table: type[Table] = Recipe
     for part in path[:-1]:
         field = table.model_fields.get(part)
         table = type(field.default) if field and isinstance(field.default, Table) else table

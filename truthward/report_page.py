@@ -7,6 +7,8 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from truthward.card import interval
+
 PAGE = string.Template("""\
 <!doctype html>
 <html lang="en">
@@ -23,16 +25,9 @@ PAGE = string.Template("""\
   :root { --paper: #15181c; --ink: #e4e6e9; --muted: #9aa2ad; --line: #343a42; --soft: #1d2126; --accent: #7db4f0;
     --good: #73c68d; --bad: #f0917f; }
 }
-@media print {
-  :root { --paper: #fff; --ink: #000; --muted: #444; --line: #ccc; --soft: #fff; --accent: #1f5fa8;
-    --good: #23743c; --bad: #b03426; }
-  nav { display: none; }
-  tr, figure, .card { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  .wide { overflow: visible; }
-}
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 main { max-width: 1000px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem; }
 h2 { font-size: 1.2rem; margin: 2.75rem 0 .5rem; padding-top: .6rem; border-top: 1px solid var(--line); }
@@ -51,11 +46,24 @@ td small { white-space: nowrap; }
 .good { color: var(--good); } .bad { color: var(--bad); } .off { color: var(--muted); }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .even { table-layout: fixed; }
-code { font: .92em ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.tight { white-space: nowrap; } .roomy { display: inline-block; min-width: 9rem; }
+.dense { font-size: .8rem; } .dense td, .dense th { padding-right: .45rem; } .dense small { font-size: .7rem; }
+.dense .where { font-size: .74rem; }
+code { font: .92em ui-monospace, Menlo, Consolas, monospace; overflow-wrap: break-word; }
 figure { margin: 1rem 0; } svg { display: block; width: 100%; height: auto; }
 .card { border-left: 3px solid var(--line); padding: .1rem 0 .1rem 1rem; margin: 1.1rem 0; }
 dl { display: grid; grid-template-columns: 8rem 1fr; gap: .2rem 1rem; margin: 0; font-size: .9rem; }
 dt { color: var(--muted); } dd { margin: 0; min-width: 0; }
+@media print {
+  :root { --paper: #fff; --ink: #000; --muted: #444; --line: #ccc; --soft: #fff; --accent: #1f5fa8;
+    --good: #23743c; --bad: #b03426; }
+  html { font-size: 11px; }
+  main { max-width: none; padding: 0; }
+  nav { display: none; }
+  tr, figure, .card { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  .wide { overflow: visible; }
+}
 </style>
 </head>
 <body>
@@ -115,6 +123,24 @@ def table(columns: Sequence[Any], rows: Iterable[Sequence[Any]], class_: str = "
 def pairs(rows: Iterable[tuple[Any, Any]]) -> Html:
     """Names and their texts."""
     return tag("dl", join(join([tag("dt", name), tag("dd", value)], "") for name, value in rows))
+
+
+def signed(value: dict[str, Any]) -> str:
+    """A difference with its interval in one line, with true minus signs."""
+    return interval(value, sign=True).replace("-", "\N{MINUS SIGN}")
+
+
+def score(value: dict[str, Any]) -> Html:
+    """A mean over its interval."""
+    mean, _, span = interval(value).partition(" ")
+    return lines([mean, tag("small", span)])
+
+
+def difference(value: dict[str, Any]) -> Html:
+    """A difference over its interval, coloured where the interval leaves out zero."""
+    mean, _, span = signed(value).partition(" ")
+    colour = "good" if value["low"] > 0 else "bad" if value["high"] < 0 else ""
+    return lines([tag("span", mean, class_=colour), tag("small", span)])
 
 
 def figure(svg: str, caption: str) -> Html:

@@ -140,12 +140,14 @@ def cost(seen: Seen) -> tuple[str, str]:
     return duration(manifest.get("seconds")), memory(manifest.get("peak_memory_gb"))
 
 
-def headline(stage: Stage) -> str:
-    """What a stage without a chat model came to, in one number or two."""
+def headline(stage: Stage, *, brief: bool = False) -> str:
+    """What a stage without a chat model came to: the reward's accuracy, or how many rows were made."""
     metrics = stage.seen.metrics
     accuracy = metrics.get("validation_accuracy")
     if accuracy:
-        return f"validation accuracy {interval(accuracy)}"
+        return f"{'' if brief else 'validation '}accuracy {interval(accuracy)}"
+    if brief and "preferences" in metrics:
+        return f"{metrics['preferences']} pairs"
     return ", ".join(f"{v} {k}" for k, v in metrics.items() if isinstance(v, int) and not isinstance(v, bool))
 
 

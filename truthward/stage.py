@@ -10,7 +10,7 @@ from pathlib import Path
 
 from truthward.console import say
 from truthward.errors import GateFailed, TrainingFault, UserError
-from truthward.ledger import Run, open_run
+from truthward.ledger import Run, open_run, plan
 from truthward.recipe import Recipe, load_recipe, require_reasons
 
 Work = Callable[[Recipe, Run], None]
@@ -55,6 +55,15 @@ def run_stage(recipe: Recipe, name: str, work: Work, again: Work | None = None) 
         work(recipe, this)
 
 
+def _fetch_base(recipe: Recipe) -> None:
+    """The base model is what every stage needs and no one thinks of: fetch it when it is not there."""
+    from truthward import base
+
+    path = plan(recipe)["base"].path
+    if not ((path / "manifest.json").exists() and Run.load(path).done):
+        run_stage(recipe, "base", base.run)
+
+
 def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None = None, again: Work | None = None) -> None:
     """Entry point of a stage script.
 
@@ -72,6 +81,8 @@ def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None 
     def begin() -> None:
         recipe = load_recipe(options.recipe, options.overrides, options.why)
         require_reasons(recipe, options.recipe)
+        if name != "base":
+            _fetch_base(recipe)
         names = [name] if expand is None else [n for n in expand(recipe) if options.only in (None, n)]
         for each in names:
             run_stage(recipe, each, work, again)

@@ -1,0 +1,359 @@
+"""The sections of the report, each built from a :class:`truthward.report_view.View`; an empty one is left out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from truthward.card import METRICS, commit, place, recipe_settings, tidy
+from truthward.errors import UserError
+from truthward.plots import curve_plot, truth_plot
+from truthward.records import Preference, Question, Revision, Row, read_rows
+from truthward.report_page import (
+    Html,
+    cell,
+    difference,
+    figure,
+    join,
+    lines,
+    pairs,
+    score,
+    spoken,
+    table,
+    tag,
+    text,
+)
+from truthward.report_view import Seen, View, cost, effect, headline
+from truthward.stats import mean_interval
+from truthward.tracking import read_metrics
+
+FLIPS = 12  # changed answers shown in each direction
+ROWS = 3  # constitution rows shown of each kind
+CURVES = {
+    "sft": (["loss"], "Cross-entropy of the answers' tokens, nats a token."),
+    "reward": (
+        ["loss", "accuracy", "margin"],
+        "On the pairs of each step: loss, share whose chosen answer scores higher, and by how much.",
+    ),
+    "dpo": (
+        ["loss", "rewards/accuracies", "rewards/margins"],
+        "Loss starts at ln 2 = 0.693. Implicit rewards are beta times the log-ratio to the parent; accuracy is the share of"
+        " pairs whose chosen answer has the higher one.",
+    ),
+    "ppo": (
+        ["score/normalised", "kl/k3", "entropy", "answers/tokens", "sampler_gap"],
+        "By iteration: score of the answers in units of the first iteration's spread, KL to the reference a token, entropy"
+        " a token, length in tokens, and the mean gap between the sampler's log-probabilities and those of training, which"
+        " should stay near 0.",
+    ),
+}
+EFFECT_WORDS = {"helped": "helped", "hurt": "hurt", "mixed": "cut both ways", "none": "no measurable difference"}
+METHOD = (
+    "{n} questions of held-out topics ({bank}), scored by the probability of given answers. MC1: the best true answer is"
+    " likelier than every false one. MC2: the true answers' share of the probability. Pairs: a true answer is likelier than"
+    " the false answer that matches it in length and first word."
+)
+R = TypeVar("R", bound=Row)
+
+
+def _note(words: Any) -> Html:
+    return tag("p", words, class_="note")
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+def truth(view: View) -> Html:
+    """Every stage in order with its scores, and the plot."""
+    rows = []
+    for stage in view.stages:
+        if stage.evals:
+            middle = [score(stage.evals["metrics"][m]) for m in METRICS]
+        else:
+            words = tag("span", stage.state, class_="off") if stage.state else text(headline(stage))
+            middle = [cell(words, len(METRICS))]
+        rows.append([stage.name, *middle, stage.gate, *cost(stage.seen)])
+    parts = [table(["stage", *METRICS.values(), "gate", "time", "peak memory"], rows)]
+    if view.scored:
+        evals = [s.evals or {} for s in view.scored]
+        panels = {label: [e["metrics"][m] for e in evals] for m, label in METRICS.items()}
+        style = {name: [scores[m] for m in METRICS] for name, scores in evals[-1].get("baselines", {}).items()}
+        svg = truth_plot([s.name for s in view.scored], panels, style, "truth")
+        caption = "Means with 95 % bootstrap intervals. Lines: what the style of the answers alone would score."
+        method = METHOD.format(n=evals[-1]["metrics"]["mc1"]["n"], bank=tidy(evals[-1]["bank"]))
+        parts = [tag("p", method), *parts, figure(svg, caption)]
+    return join(parts)
+
+
+def baselines(view: View) -> Html:
+    """What style alone scores, beside the base and the final model."""
+    evals = view.scored[-1].evals if view.scored else None
+    if not evals or not evals.get("baselines"):
+        return Html("")
+    rows: list[list[Any]] = [[name, *[f"{scores[m]:.3f}" for m in METRICS]] for name, scores in evals["baselines"].items()]
+    for stage in (view.base, view.final):
+        if stage and stage.evals:
+            rows.append([f"model: {stage.name}", *[score(stage.evals["metrics"][m]) for m in METRICS]])
+    words = (
+        "These judges never see the question. The first two pick by length; the other two learn which words true answers"
+        " hold on all topics but one and are scored on that one. A bank on which they do well can be won without knowing"
+        " anything, so a model's score is evidence of truthfulness only so far as it stands above them."
+    )
+    return join([tag("p", words), table(["judge", *METRICS.values()], rows)])
+
+
+def differences(view: View) -> Html:
+    """Paired differences of every scored stage to its parent and to the base."""
+    rows = []
+    for stage in view.scored:
+        for role in ("parent", "base"):
+            compared = stage.compared(role)
+            if compared and not (role == "base" and compared == stage.compared("parent")):
+                cells = [difference(compared["differences"][m]) for m in METRICS]
+                words = EFFECT_WORDS[effect(compared)]
+                other = f"{compared['stage']} (parent)" if role == "parent" else compared["stage"]
+                rows.append([stage.name, other, *cells, len(compared["flipped"]), words])
+    if not rows:
+        return Html("")
+    note = (
+        "Differences question by question with 95 % bootstrap intervals. Coloured where the interval leaves out zero."
+        " A stage is said to have helped (or hurt) when at least one of its three intervals lies above (below) zero and none"
+        " lies on the other side. The intervals are not corrected for the number of comparisons, and cover the draw of"
+        " questions only."
+    )
+    columns = ["stage", "against", *METRICS.values(), "MC1 verdicts changed", "taken together"]
+    return join([table(columns, rows), _note(note)])
+
+
+def topics(view: View) -> Html:
+    """Base and final model by topic, with paired differences."""
+    base, final = view.base, view.final
+    if not base or not final or not base.evals or not final.evals:
+        return Html("")
+    rows = []
+    for topic, before in base.evals["by_topic"].items():
+        after = final.evals["by_topic"].get(topic)
+        gains = _paired(view, base.evals, final.evals, topic) if after else {}
+        if after and gains:
+            cells = [part for m in METRICS for part in (score(before[m]), score(after[m]), difference(gains[m]))]
+            rows.append([topic, before["mc1"]["n"], *cells])
+    columns = ["topic", "n", *[c for label in METRICS.values() for c in (f"{label} base", final.name, "difference")]]
+    note = "A topic has few questions, so its intervals are wide; read single topics as hints."
+    return join([table(columns, rows, "dense"), _note(note)])
+
+
+def _paired(view: View, before: dict[str, Any], after: dict[str, Any], topic: str) -> dict[str, dict[str, Any]]:
+    earlier = {row["id"]: row for row in before["items"]}
+    both = [(row, earlier[row["id"]]) for row in after["items"] if row["topic"] == topic and row["id"] in earlier]
+    if not both:
+        return {}
+    resamples, seed = view.recipe.evals.resamples, view.recipe.seed
+    gains = {m: [a[m] - b[m] for a, b in both] for m in METRICS}
+    return {m: mean_interval(values, resamples=resamples, seed=seed).as_dict() for m, values in gains.items()}
+
+
+def curves(view: View) -> Html:
+    """Training curves of every trained stage that is complete."""
+    parts: list[Html] = []
+    for stage in view.stages:
+        if stage.name not in CURVES:
+            continue
+        keys, words = CURVES[stage.name]
+        svg = curve_plot(read_metrics(stage.seen.run), keys, f"curve-{stage.name}") if stage.seen.run else ""
+        parts.append(tag("h3", stage.name))
+        empty = "no metrics were recorded" if stage.seen.run else stage.state
+        parts.append(figure(svg, words) if svg else _note(f"No curves: {empty}."))
+    return join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------- answers
+
+
+def samples(view: View) -> Html:
+    """The same prompts answered at every stage, side by side."""
+    answers: dict[str, dict[str, str]] = {}
+    kinds: dict[str, str] = {}
+    for stage in view.scored:
+        for row in (stage.evals or {}).get("samples", []):
+            answers.setdefault(row["prompt"], {})[stage.name] = row["answer"]
+            kinds[row["prompt"]] = row.get("kind", "")
+    if not answers:
+        return Html("")
+    names = [s.name for s in view.scored]
+    rows = []
+    for prompt, by_stage in answers.items():
+        asked = join([spoken(prompt), tag("span", kinds[prompt], class_="where")], "")
+        rows.append([asked, *[spoken(by_stage.get(name, "-")) for name in names]])
+    return join([_note("Most likely (greedy) answers, at most 64 tokens."), table(["prompt", *names], rows, "even")])
+
+
+def flips(view: View) -> Html:
+    """Questions whose verdict changed from base to final, in both directions."""
+    final = view.final
+    compared = final.compared("base") if final else None
+    if not final or not final.evals or not compared:
+        return Html("")
+    bank: dict[str, Question] = {}
+    with contextlib.suppress(UserError):
+        bank = {q.id: q for q in read_rows(final.evals["bank"], Question)}
+    note = (
+        "By MC1, which asks that the best true answer beat every false one. Shown is the answer that each model found"
+        " likeliest of all; another true answer than the best may be among them."
+    )
+    parts = [_note(note)]
+    for better, words in ((True, "from wrong to right"), (False, "from right to wrong")):
+        found = [row for row in compared["flipped"] if row["better"] is better]
+        shown = _spread(found, FLIPS)
+        part = "" if len(shown) == len(found) else f", {len(shown)} of them shown, spread over the bank"
+        parts.append(tag("h3", f"{len(found)} {words}{part}"))
+        if shown:
+            rows = [_flip(row, bank.get(row["id"])) for row in shown]
+            parts.append(table(["question", "likeliest for base", f"likeliest for {final.name}"], rows, "even"))
+    return join(parts)
+
+
+def _flip(row: dict[str, Any], question: Question | None) -> list[Html]:
+    def answer(picked: str) -> Html:
+        if question is None:
+            return spoken(picked)
+        true = picked in question.true
+        return join([spoken(picked), tag("span", "true" if true else "false", class_="good" if true else "bad")], "")
+
+    asked = spoken(question.question) if question else Html("")
+    return [join([asked, tag("span", row["id"], class_="where")], ""), answer(row["before"]), answer(row["after"])]
+
+
+def _spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` rows, evenly spaced."""
+    return list(rows) if len(rows) <= count else [rows[i * len(rows) // count] for i in range(count)]
+
+
+def constitution(view: View) -> Html:
+    """A few rows that the constitution stage made."""
+    stage = view.stage("constitution")
+    if stage is None:
+        return Html("")
+    if stage.seen.run is None:
+        return _note(f"No rows: {stage.state}.")
+    folder = stage.seen.run.path
+    revisions, preferences = _rows(folder / "revisions.jsonl", Revision), _rows(folder / "preferences.jsonl", Preference)
+    parts = [tag("p", headline(stage))] if headline(stage) else []
+    parts += _judge(stage.seen.run.manifest.get("judge", {}))
+    for helped, words in ((True, "Revisions that helped"), (False, "Revisions that did not, and why")):
+        shown = _spread([r for r in revisions if r.helped is helped], ROWS)
+        parts += [tag("h3", words), *map(_revision, shown)] if shown else []
+    if preferences:
+        parts += [tag("h3", "Preferences"), *map(_preference, _spread(preferences, ROWS))]
+    return join(parts) if revisions or preferences else join([*parts, _note("No rows were made.")])
+
+
+def _judge(record: dict[str, Any]) -> list[Html]:
+    """How well the judge told true answers from false ones before its verdicts were used."""
+    rows = []
+    for method, found in record.get("methods", {}).items():
+        verdict = "used" if method == record.get("chosen") else "not used"
+        verdict += "; its interval does not clear chance" if found.get("refused") else ""
+        rows.append([method, score(found["accuracy"]), found["accuracy"]["n"], verdict])
+    return [tag("h3", "The judge on labelled pairs"), table(["method", "accuracy", "n", "verdict"], rows)] if rows else []
+
+
+def _rows(path: Path, kind: type[R]) -> list[R]:
+    with contextlib.suppress(UserError):
+        return read_rows(path, kind)
+    return []
+
+
+def _revision(row: Revision) -> Html:
+    verdict = "helped" if row.helped else f"did not help: {row.why_not or 'no reason recorded'}"
+    told = [
+        ("prompt", spoken(row.prompt)),
+        ("answer", spoken(row.answer)),
+        ("critique", spoken(row.critique)),
+        ("revision", spoken(row.revision)),
+        ("principle", f"{row.principle}, version {row.principle_version}; round {row.round}"),
+        ("judged", f"{row.score_before:.3f} before, {row.score_after:.3f} after; {verdict}"),
+    ]
+    return tag("div", pairs(told), class_="card")
+
+
+def _preference(row: Preference) -> Html:
+    told = [
+        ("prompt", spoken(row.prompt)),
+        ("chosen", spoken(row.chosen)),
+        ("rejected", spoken(row.rejected)),
+        ("probability", f"{row.probability:.2f} that the chosen one is better"),
+        ("judged by", ", ".join(row.principle) or "-"),
+        ("source", tidy(row.source) or "-"),
+    ]
+    return tag("div", pairs(told), class_="card")
+
+
+# ------------------------------------------------------------------------------------------------------------ record
+
+
+def whys(view: View) -> Html:
+    """Values of the recipe that were set, with their defaults and reasons."""
+    settings = [s for s in recipe_settings(view.recipe.model_dump(mode="json")) if s.changed or s.reason]
+    rows = []
+    for s in settings:
+        if s.key in ("name", "runs") and not s.reason:
+            continue
+        key = f"{s.table}.{s.key}" if s.table else s.key
+        reason = tidy(s.reason) if s.reason else tag("span", "no reason given", class_="bad")
+        rows.append([tag("code", key), _value(s.value), _value(s.default), reason])
+    if not rows:
+        return _note("Every value is the default.")
+    note = "Values that differ from the default or that were explained; all others are defaults."
+    return join([_note(note), table(["key", "value", "default", "reason"], rows)])
+
+
+def _value(value: Any) -> Html:
+    words = ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    return tag("code", tidy(words) or '""')
+
+
+def lineage(view: View) -> Html:
+    """Every run of the plan with what it came from and what it took."""
+    rows = []
+    for stage in view.stages:
+        rows.append(_lineage_row(stage.name, stage.seen, {}))
+        if stage.evals_seen:
+            rows.append(_lineage_row(f"evals-{stage.name}", stage.evals_seen, stage.evals or {}))
+    columns = ["stage", "run (stage-fingerprint) and parents", "data (SHA-256)", "commit", "dtype", "cost", "incidents"]
+    return table(columns, rows, "dense")
+
+
+def _lineage_row(name: str, seen: Seen, evals: dict[str, Any]) -> list[Any]:
+    this = seen.run or seen.partial
+    manifest = this.manifest if this else {}
+    where = [tag("code", place(seen.planned.path), class_="tight")]
+    where += [tag("span", f"{role}: {parent}", class_="where tight") for role, parent in seen.planned.parents.items()]
+    data = [join([tidy(path), tag("code", sha[:12])], " ") for path, sha in seen.planned.data.items()]
+    dtype = manifest.get("dtype") or evals.get("dtype", "")
+    reason = manifest.get("dtype_reason") or evals.get("dtype_reason", "")
+    kind = lines([str(dtype).removeprefix("torch."), tag("span", tidy(reason), class_="where roomy")]) if dtype else "-"
+    numbers = [*cost(seen), f"resumed {manifest.get('resumed', 0)}×"]
+    spent = tag("span", lines(numbers), class_="tight") if seen.run else tag("span", seen.status, class_="off")
+    incidents = lines(map(_incident, manifest.get("incidents", []))) or "none"
+    return [name, lines(where), lines(data) or "-", commit(manifest) if manifest else "-", kind, spent, incidents]
+
+
+def _incident(entry: dict[str, Any]) -> str:
+    details = ", ".join(f"{k} {v}" for k, v in entry.items() if k not in ("time", "kind"))
+    return tidy(f"{entry.get('time', '')} {entry.get('kind', '')}: {details}")
+
+
+SECTIONS: dict[str, tuple[str, Callable[[View], Html]]] = {
+    "truth": ("Truthfulness by stage", truth),
+    "baselines": ("What style alone would score", baselines),
+    "differences": ("Paired differences", differences),
+    "topics": ("By topic", topics),
+    "curves": ("Training curves", curves),
+    "samples": ("Answers at each stage", samples),
+    "flips": ("Questions that changed", flips),
+    "constitution": ("Rows of the constitution", constitution),
+    "whys": ("Reasons", whys),
+    "lineage": ("Lineage", lineage),
+}
