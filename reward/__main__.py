@@ -14,7 +14,7 @@ from truthward.console import say
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory
 from truthward.recipe import Recipe
-from truthward.records import Preference, Question, read_preferences, read_rows, truth_preferences
+from truthward.records import Preference, Question, draw, read_preferences, read_rows, truth_preferences
 from truthward.stage import main
 from truthward.tensors import pad
 from truthward.tracking import tracked
@@ -28,7 +28,7 @@ def run(recipe: Recipe, this: Run) -> None:
     table, parent = recipe.reward, this.parent("model")
     tokenizer = models.load_tokenizer(parent)
     constitution = this.parent("preferences").path if "preferences" in this.manifest["parents"] else None
-    preferences = read_preferences(table.preferences, constitution, table.max_pairs, recipe.seed)
+    preferences = draw(read_preferences(table.preferences, constitution), table.max_pairs, recipe.seed)
     validation = truth_preferences(read_rows(table.validation, Question), table.validation)
     rows = [to_ids(tokenizer, p) for p in preferences]
     refuse_long(

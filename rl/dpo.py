@@ -1,8 +1,9 @@
 """``python -m rl.dpo RECIPE``: direct preference optimisation with soft labels, on TRL's trainer.
 
-The reference is the parent model; its log-probabilities are computed once, before training, and the first loss is
-asserted to be ln 2. A pair's prompt is computed once for both answers, rows carry no padding, and only positions that
-predict an answer pass through the LM head (:mod:`truthward.branches`).
+One row is a prompt with all its pairs, as in Ouyang et al. 2022, section 3.5: each answer goes through the model once,
+however many pairs it is in, the prompt once for all answers, without padding, and only positions that predict an answer
+pass through the LM head (:mod:`truthward.branches`). The reference is the parent model; its log-probabilities are computed
+once, before training, and the first loss is asserted to be ln 2.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from truthward.console import progress, say
 from truthward.guard import check_start
 from truthward.ledger import Run
 from truthward.recipe import Recipe
-from truthward.records import read_preferences
+from truthward.records import Preference, by_prompt, draw, read_preferences
 from truthward.score import answer_sums
 from truthward.stage import main
 from truthward.tensors import token_logprobs
@@ -33,6 +34,7 @@ class SoftDpoTrainer(DPOTrainer):
     """The loss of :mod:`rl.losses` on TRL's loop, for rows that already hold tokens and reference log-probabilities."""
 
     run: Run
+    sft_coef: float = 0.0
     model: Any
     _signature_columns: Any
 
@@ -43,20 +45,20 @@ class SoftDpoTrainer(DPOTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen", "ref_rejected", "probability"]
+        self._signature_columns = ["prompt_ids", "answer_ids", "ref_logprobs", "pairs", "probability"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        ref, probability = inputs.pop("ref_logprobs"), inputs.pop("probability")
+        ref, pairs, probability, weight = (inputs.pop(k) for k in ("ref_logprobs", "pairs", "probability", "weight"))
         target, branch = inputs.pop("target"), inputs.pop("branch")
         inputs["attention_mask"] = inputs["attention_mask"].to(self.model.dtype)
         outputs = model(**inputs, use_cache=False)
         logprobs = token_logprobs(outputs.logits[0], target)
-        sums = torch.zeros(ref.numel(), device=ref.device).index_add(0, branch, logprobs).view_as(ref)
-        chosen, rejected = sums.unbind(1)
-        ref_chosen, ref_rejected = ref.unbind(1)
-        loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, probability, beta=self.beta)
+        sums = torch.zeros_like(ref).index_add(0, branch, logprobs)
+        chosen, rejected = pairs.unbind(1)
+        loss = dpo_loss(sums[chosen], sums[rejected], ref[chosen], ref[rejected], probability, beta=self.beta)
+        nll = -sums[chosen] / torch.bincount(branch)[chosen]  # a token (Pang et al. 2024, arXiv 2404.19733)
         margins = loss.chosen_rewards - loss.rejected_rewards
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, values in (
@@ -64,18 +66,28 @@ class SoftDpoTrainer(DPOTrainer):
             ("rewards/rejected", loss.rejected_rewards),
             ("rewards/margins", margins),
             ("rewards/accuracies", (margins > 0).float()),
+            ("nll/chosen", nll.detach()),
         ):
-            metrics[name].append(self.accelerator.gather(values).mean().item())
-        mean = loss.losses.mean()
+            metrics[name].append(self.accelerator.gather((values * weight).sum()).mean().item())
+        preference = (loss.losses * weight).sum()
         if self.state.global_step == 0:
             exact = self.model.dtype == torch.float32
-            check_start("dpo loss", mean.item(), math.log(2), 1e-3 if exact else 0.05, self.run)
-        return (mean, outputs) if return_outputs else mean
+            check_start("dpo loss", preference.item(), math.log(2), 1e-3 if exact else 0.05, self.run)
+        total = preference + self.sft_coef * (nll * weight).sum()
+        return (total, outputs) if return_outputs else total
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A micro-batch of pairs as one row of trees."""
-    forest = plant([[Item(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows]])
+    """A micro-batch of prompts as one row of trees.
+
+    ``weight`` is 1 / (prompts * pairs of the prompt), so that every prompt counts alike; it sums to 1.
+    """
+    forest = plant([[Item(r["prompt_ids"], r["answer_ids"]) for r in rows]])
+    pairs, weight, first = [], [], 0
+    for r in rows:
+        pairs += [[first + chosen, first + rejected] for chosen, rejected in r["pairs"]]
+        weight += [1 / (len(rows) * len(r["pairs"]))] * len(r["pairs"])
+        first += len(r["answer_ids"])
     return {
         "input_ids": forest.ids,
         "attention_mask": forest.additive(torch.float32),
@@ -83,24 +95,22 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "logits_to_keep": forest.source,
         "target": forest.target,
         "branch": forest.branch,
-        "ref_logprobs": torch.tensor([[r["ref_chosen"], r["ref_rejected"]] for r in rows]),
-        "probability": torch.tensor([r["probability"] for r in rows]),
+        "ref_logprobs": torch.tensor([value for r in rows for value in r["ref_logprobs"]]),
+        "pairs": torch.tensor(pairs),
+        "probability": torch.tensor([p for r in rows for p in r["probability"]]),
+        "weight": torch.tensor(weight),
     }
 
 
-def reference_sums(model: Any, items: list[Item]) -> list[tuple[float, float]]:
-    """log p of chosen and rejected under the reference, each prompt computed once however many pairs it has."""
-    answers: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
-    for item in items:
-        answers.setdefault(tuple(item.prompt), {}).update({tuple(a): 0.0 for a in item.answers})
-    merged = [Item(list(prompt), [list(a) for a in held]) for prompt, held in answers.items()]
-    with progress() as bar:
-        task = bar.add_task("dpo reference", total=len(merged))
-        sums = answer_sums(model, merged, tick=lambda n: bar.advance(task, n))
-    for held, row in zip(answers.values(), sums, strict=True):
-        held.update(zip(list(held), row, strict=True))
-    looked_up = [[answers[tuple(i.prompt)][tuple(a)] for a in i.answers] for i in items]
-    return [(chosen, rejected) for chosen, rejected in looked_up]
+def to_row(tokenizer: Any, preferences: list[Preference]) -> dict[str, Any]:
+    """One prompt's preferences: its answers once each, and which of them make a pair."""
+    answers = list(dict.fromkeys(text for p in preferences for text in (p.chosen, p.rejected)))
+    return {
+        "prompt_ids": chat.prompt_ids(tokenizer, chat.user(preferences[0].prompt)),
+        "answer_ids": [chat.answer_ids(tokenizer, text) for text in answers],
+        "pairs": [[answers.index(p.chosen), answers.index(p.rejected)] for p in preferences],
+        "probability": [p.probability for p in preferences],
+    }
 
 
 def run(recipe: Recipe, this: Run) -> None:
@@ -108,32 +118,20 @@ def run(recipe: Recipe, this: Run) -> None:
     table, parent = recipe.dpo, this.parent("model")
     tokenizer = models.load_tokenizer(parent)
     constitution = this.parent("preferences").path if "preferences" in this.manifest["parents"] else None
-    preferences = read_preferences(table.preferences, constitution, table.max_pairs, recipe.seed)
-    items = [
-        Item(
-            chat.prompt_ids(tokenizer, chat.user(p.prompt)),
-            [chat.answer_ids(tokenizer, p.chosen), chat.answer_ids(tokenizer, p.rejected)],
-        )
-        for p in preferences
-    ]
-    refuse_long([i.length for i in items], table.max_length, "pairs (prompt and both answers)", "dpo.max_length")
+    groups = by_prompt(read_preferences(table.preferences, constitution, cross=True))
+    rows = [to_row(tokenizer, group) for group in draw(groups, table.max_prompts, recipe.seed)]
+    items = [Item(row["prompt_ids"], row["answer_ids"]) for row in rows]
+    refuse_long([i.length for i in items], table.max_length, "prompts with their answers", "dpo.max_length")
     hardware.use_threads(recipe.model.threads)
     dtype, reason = hardware.choose_dtype(recipe.model.dtype)
-    say(f"  {len(items)} pairs; {str(dtype)[6:]} ({reason})")
+    pairs = sum(len(row["pairs"]) for row in rows)
+    say(f"  {pairs} pairs on {len(rows)} prompts; {str(dtype)[6:]} ({reason})")
     this.record(dtype=str(dtype), dtype_reason=reason)
     model = models.load(parent, dtype)
-    reference = reference_sums(model, items)
-    rows = [
-        {
-            "prompt_ids": item.prompt,
-            "chosen_ids": item.answers[0],
-            "rejected_ids": item.answers[1],
-            "ref_chosen": chosen,
-            "ref_rejected": rejected,
-            "probability": preference.probability,
-        }
-        for item, (chosen, rejected), preference in zip(items, reference, preferences, strict=True)
-    ]
+    with progress() as bar:
+        task = bar.add_task("dpo reference", total=len(items))
+        for row, sums in zip(rows, answer_sums(model, items, tick=lambda n: bar.advance(task, n)), strict=True):
+            row["ref_logprobs"] = sums
     trainer = SoftDpoTrainer(
         model=model,
         args=DPOConfig(
@@ -144,12 +142,12 @@ def run(recipe: Recipe, this: Run) -> None:
         processing_class=tokenizer,
         peft_config=models.lora_config(table.lora_rank, table.lora_alpha) if table.tune == "lora" else None,
     )
-    trainer.run = this
+    trainer.run, trainer.sft_coef = this, table.sft_coef
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "dpo")
     models.save(this, trainer.model)
     last = [h for h in trainer.state.log_history if "loss" in h][-1]
-    this.finish(metrics={"pairs": len(rows), "steps": steps, "loss": last["loss"], "accuracy": last["rewards/accuracies"]})
+    this.finish(metrics={"pairs": pairs, "steps": steps, "loss": last["loss"], "accuracy": last["rewards/accuracies"]})
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class Lab:
 
     def copy(self, runs: Path) -> Lab:
         """The same world with its runs in another folder; they keep their names, as these don't depend on the place."""
-        shutil.copytree(self.runs, runs)
+        shutil.copytree(self.runs, runs, ignore=shutil.ignore_patterns("ppo-*"))
         return Lab(self.home, runs)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from lab import ROOT, write
 
+from truthward import cli
 from truthward.check import check, leaked, read_data
 from truthward.console import console
 from truthward.errors import UserError
@@ -154,7 +155,7 @@ def test_a_brief_check_notes_the_missing_reasons_and_no_more(tiny):
     with console.capture() as captured:
         check(tiny(), "my.toml", brief=True)
     lines = captured.get().splitlines()
-    assert "note: no reason is given for dpo.max_pairs" in lines
+    assert "note: no reason is given for ppo.iterations" in lines
     assert all(line.startswith("note: ") for line in lines)
 
 
@@ -173,9 +174,8 @@ def test_check_prints_what_each_stage_reads_and_writes(tmp_path):
     [
         (["truthward", "check", "recipes/tiny.toml", "ppo.kl_coeff=0.1"], "did you mean ppo.kl_coef?"),
         (["truthward", "run", "recipes/tiny.tml"], "did you mean recipes/tiny.toml?"),
-        (["truthward", "chat", "runs/nothing-there"], "this is not a run directory"),
         (["sft", "nosuch.toml"], "there is no such recipe"),
-        (["rl.ppo", "recipes/laptop.toml", "ppo.kl_coef=0.1"], "no reason is given for ppo.kl_coef"),
+        (["truthward", "run", "recipes/laptop.toml", "ppo.kl_coef=0.1"], "no reason is given for ppo.kl_coef"),
     ],
 )
 def test_a_mistake_is_one_message_with_exit_code_2(words, message):
@@ -186,8 +186,9 @@ def test_a_mistake_is_one_message_with_exit_code_2(words, message):
     assert "Traceback" not in done.stderr + done.stdout
 
 
-def test_a_stage_before_its_parents_says_what_to_run_first(tmp_path):
-    done = command("rl.dpo", "recipes/tiny.toml", f"runs={tmp_path}")
-    assert done.returncode == 2
-    assert "run python -m sft RECIPE first" in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr
+def test_a_run_directory_that_is_none_is_told_alike(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["truthward", "chat", "runs/nothing-there"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: runs/nothing-there: this is not a run directory")

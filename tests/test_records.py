@@ -1,7 +1,6 @@
 """Rows of data: every fault is one error that names file, line and field, and no input gives anything else."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,8 @@ from truthward.records import (
     Prompt,
     Question,
     Revision,
+    by_prompt,
+    draw,
     read_demonstrations,
     read_preferences,
     read_principles,
@@ -188,6 +189,8 @@ def test_a_truth_bank_pairs_answers_that_match_and_names_its_row():
     question = Question(**{**QUESTION, "true": ["Yes.", "Aye."], "false": ["No.", "Nay.", "Never."]})
     pairs = truth_preferences([question], "bank")
     assert [(p.chosen, p.rejected, p.source) for p in pairs] == [("Yes.", "No.", "bank/q"), ("Aye.", "Nay.", "bank/q")]
+    crossed = [(p.chosen, p.rejected) for p in truth_preferences([question], "bank", cross=True)]
+    assert crossed == [(t, f) for t in question.true for f in question.false]
 
 
 @pytest.fixture
@@ -200,39 +203,40 @@ def sources(tmp_path):
     return [str(tmp_path / "file.jsonl"), str(tmp_path / "bank"), "constitution"], tmp_path
 
 
-def test_preferences_are_drawn_by_seed_and_every_source_keeps_its_share(sources):
-    names, run = sources
-    drawn = read_preferences(names, run, 30, seed=1)
-    assert drawn == read_preferences(names, run, 30, seed=1)
-    assert drawn != read_preferences(names, run, 30, seed=2)
-    assert Counter(row.prompt.split()[0] for row in drawn) == {"file": 10, "bank": 5, "constitution": 15}
+def test_preferences_come_from_every_source_in_order(sources):
+    rows = read_preferences(*sources)
+    assert [row.prompt.split()[0] for row in rows] == ["file"] * 20 + ["bank"] * 10 + ["constitution"] * 30
+    assert len({row.prompt for row in rows}) == 60
+
+
+def test_preferences_are_drawn_by_seed(sources):
+    rows = read_preferences(*sources)
+    drawn = draw(rows, 30, seed=1)
+    assert drawn == draw(read_preferences(*sources), 30, seed=1)
+    assert drawn != draw(rows, 30, seed=2)
+    assert len({row.prompt for row in drawn}) == 30
+    assert len({row.prompt.split()[0] for row in drawn}) == 3
     assert [row.prompt for row in drawn] != sorted(row.prompt for row in drawn)
+    assert {row.prompt for row in draw(rows, 1000, seed=1)} == {row.prompt for row in rows}
 
 
-def test_under_the_limit_no_preference_is_left_out(sources):
-    names, run = sources
-    rows = read_preferences(names, run, 1000, seed=1)
-    assert len(rows) == len({row.prompt for row in rows}) == 60
-
-
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(2, 12))
-def test_the_limit_on_preferences_is_kept(tmp_path_factory, sizes, limit):
-    folder = tmp_path_factory.getbasetemp()
-    for i, size in enumerate(sizes):
-        write(folder / f"limit-{i}.jsonl", [preference(prompt=f"{i} {k}") for k in range(size)])
-    rows = read_preferences([str(folder / f"limit-{i}.jsonl") for i in range(len(sizes))], None, limit, seed=0)
-    assert 0 < len(rows) <= limit
+def test_pairs_of_a_prompt_are_kept_together(sources):
+    rows = read_preferences(*sources)
+    again = [Preference(**preference(prompt=row.prompt, chosen="Aye.")) for row in reversed(rows)]
+    groups = by_prompt(rows + again)
+    assert [g[0] for g in groups] == rows
+    assert all(len(g) == 2 and len({p.prompt for p in g}) == 1 for g in groups)
 
 
 def test_a_constitution_without_preferences_adds_none_but_alone_is_refused(sources):
     names, run = sources
     (run / "preferences.jsonl").write_text("")
-    assert len(read_preferences(names, run, 1000, seed=1)) == 30
-    assert "no " in refusal(read_preferences, ["constitution"], run, 1000, 1)
+    assert len(read_preferences(names, run)) == 30
+    assert "no " in refusal(read_preferences, ["constitution"], run)
 
 
 def test_preferences_of_a_constitution_that_was_not_run_are_refused():
-    assert "run the constitution stage first" in refusal(read_preferences, ["constitution"], None, 10, 1)
+    assert "run the constitution stage first" in refusal(read_preferences, ["constitution"], None)
 
 
 # -------------------------------------------------------------------------------------------------------- principles

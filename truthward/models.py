@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars show the progress
 
 import torch
 from safetensors.torch import load_file, save_file

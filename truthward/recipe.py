@@ -90,8 +90,9 @@ class Dpo(Training):
     preferences: list[str] = Field(
         ["data/truth/train", "constitution"], min_length=1, description="truth banks, preference files or constitution"
     )
-    max_pairs: int = Field(2000, ge=2, description="use at most this many pairs, drawn by seed")
+    max_prompts: int = Field(2000, ge=1, description="use at most this many prompts, each with all its pairs, drawn by seed")
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference model")
+    sft_coef: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-likelihood a token")
 
 
 class Ppo(Table):

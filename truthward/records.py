@@ -115,6 +115,7 @@ class Principle(Row):
 
 
 R = TypeVar("R", bound=Row)
+T = TypeVar("T")
 
 
 def read_rows(path: str | Path, kind: type[R]) -> list[R]:
@@ -184,39 +185,47 @@ def read_demonstrations(paths: list[str]) -> list[Demonstration]:
     return rows
 
 
-def truth_preferences(questions: list[Question], source: str) -> list[Preference]:
-    """Each true answer against the false answer that matches it in first word and length."""
+def truth_preferences(questions: list[Question], source: str, *, cross: bool = False) -> list[Preference]:
+    """True answers against false ones: each with the one that matches it, or every true with every false (``cross``).
+
+    Crossed pairs differ in length and first word, but over a question both sides have the same lengths and first words.
+    """
     return [
         Preference(prompt=q.question, chosen=true, rejected=false, source=f"{source}/{q.id}")
         for q in questions
-        for true, false in zip(q.true, q.false, strict=False)
+        for i, true in enumerate(q.true)
+        for k, false in enumerate(q.false)
+        if cross or i == k
     ]
 
 
-def read_preferences(sources: list[str], constitution_run: Path | None, limit: int, seed: int) -> list[Preference]:
-    """Preferences of truth banks (directories), files, and the ``constitution`` stage; at most ``limit``, shuffled.
-
-    Every source keeps its share when rows are left out. Order and choice depend on ``seed`` alone.
-    """
-    groups = []
+def read_preferences(sources: list[str], constitution_run: Path | None, *, cross: bool = False) -> list[Preference]:
+    """Preferences of truth banks (directories), files, and the ``constitution`` stage, in that order."""
+    rows: list[Preference] = []
     for source in sources:
         if source == "constitution":
             if constitution_run is None:
                 raise UserError("no constitution run", where="preferences", fix="run the constitution stage first")
             path = constitution_run / "preferences.jsonl"
-            groups.append(read_rows(path, Preference) if path.stat().st_size else [])
+            rows += read_rows(path, Preference) if path.stat().st_size else []
         elif Path(source).is_dir():
-            groups.append(truth_preferences(read_rows(source, Question), source))
+            rows += truth_preferences(read_rows(source, Question), source, cross=cross)
         else:
-            groups.append(read_rows(source, Preference))
-    draw = random.Random(seed)
-    total = sum(map(len, groups))
-    kept: list[Preference] = []
-    for group in groups:
-        draw.shuffle(group)
-        kept += group[: round(len(group) * min(1.0, limit / max(total, 1)))]
-    draw.shuffle(kept)
-    return kept
+            rows += read_rows(source, Preference)
+    return rows
+
+
+def by_prompt(preferences: list[Preference]) -> list[list[Preference]]:
+    """Preferences of the same prompt together, prompts in order of appearance."""
+    groups: dict[str, list[Preference]] = {}
+    for preference in preferences:
+        groups.setdefault(preference.prompt, []).append(preference)
+    return list(groups.values())
+
+
+def draw(rows: list[T], limit: int, seed: int) -> list[T]:
+    """At most ``limit`` rows in an order that depends on ``seed`` alone."""
+    return random.Random(seed).sample(rows, min(limit, len(rows)))
 
 
 def _lines(file: Path) -> list[str]:

@@ -42,6 +42,7 @@ def trainer_arguments(table: Training, launch: Launch, run: Run, seed: int) -> d
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,  # the weights already have the measured compute type; adapters stay fp32
         "gradient_checkpointing": False,
+        "dataloader_drop_last": True,  # a smaller last micro-batch would count for more; other rows are left out each pass
         "disable_tqdm": True,
         "report_to": [],
         "deepspeed": launch.deepspeed,
@@ -56,8 +57,16 @@ def fit(trainer: Any, tracker: Tracker, description: str) -> int:
         the number of optimizer steps of the whole run.
 
     Raises:
+        UserError: there are fewer rows than a micro-batch.
         TrainingFault: a loss or gradient is not finite.
     """
+    rows, micro = len(trainer.train_dataset), trainer.args.per_device_train_batch_size
+    if rows < micro * trainer.args.world_size:
+        raise UserError(
+            f"{rows} rows do not fill one micro-batch of {micro} on each rank",
+            where=f"{description}.micro_batch_size",
+            fix="give more rows, or lower micro_batch_size and batch_size",
+        )
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
     if checkpoint:
         tracker.resume_at(int(checkpoint.name.split("-")[1]))

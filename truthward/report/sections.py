@@ -1,4 +1,4 @@
-"""The sections of the report, each built from a :class:`truthward.report_view.View`; an empty one is left out."""
+"""The sections of the report, each built from a :class:`truthward.report.view.View`; an empty one is left out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 from truthward.card import METRICS, commit, place, recipe_settings, tidy
 from truthward.errors import UserError
-from truthward.plots import curve_plot, truth_plot
 from truthward.records import Preference, Question, Revision, Row, read_rows
-from truthward.report_page import (
+from truthward.report.page import (
     Html,
     cell,
     difference,
@@ -25,7 +24,8 @@ from truthward.report_page import (
     tag,
     text,
 )
-from truthward.report_view import Seen, View, cost, effect, headline
+from truthward.report.plots import curve_plot, truth_plot
+from truthward.report.view import Seen, View, cost, effect, headline
 from truthward.stats import mean_interval
 from truthward.tracking import read_metrics
 

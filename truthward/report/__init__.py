@@ -11,9 +11,9 @@ from rich.text import Text
 from truthward.card import METRICS, interval
 from truthward.ledger import write_text
 from truthward.recipe import Recipe
-from truthward.report_page import join, page, signed, tag
-from truthward.report_sections import SECTIONS
-from truthward.report_view import Stage, View, cost, direction, effect, gather, headline, listed
+from truthward.report.page import join, page, signed, tag
+from truthward.report.sections import SECTIONS
+from truthward.report.view import Stage, View, cost, direction, effect, gather, headline, listed
 
 EFFECTS = {
     "helped": "helped",
