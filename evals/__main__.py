@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from evals.baselines import style_baselines
+from evals.baselines import learn_style, style_baselines
 from evals.truth import METRICS, Scored, score_model
 from truthward import chat, hardware, models, stats
 from truthward.console import say
 from truthward.errors import GateFailed
 from truthward.generate import generate
-from truthward.ledger import Run, plan, write_json
+from truthward.ledger import Run, is_done, plan, write_json
 from truthward.recipe import Recipe
 from truthward.records import Prompt, Question, read_rows
 from truthward.stage import main
@@ -22,16 +23,8 @@ COMPARED = {"parent": "against_parent", "base": "against_base"}
 
 def names(recipe: Recipe) -> list[str]:
     """The evals whose model is there to be scored."""
-    planned = plan(recipe)
-    ready = []
-    for name, this in planned.items():
-        if this.stage == "evals":
-            model = this.path.parent / this.parents["model"]
-            if (model / "manifest.json").exists() and Run.load(model).done:
-                ready.append(name)
-            else:
-                say(f"[dim]{name} waits for {model}[/]")
-    return ready
+    planned = {name: this for name, this in plan(recipe).items() if this.stage == "evals"}
+    return [name for name, this in planned.items() if is_done(this.path.parent / this.parents["model"])]
 
 
 def run(recipe: Recipe, this: Run) -> None:
@@ -46,7 +39,8 @@ def run(recipe: Recipe, this: Run) -> None:
     hardware.use_threads(recipe.model.threads)
     dtype, reason = hardware.choose_dtype(recipe.model.dtype)
     model = models.load(model_run, dtype)
-    scored = score_model(model, tokenizer, questions, table.tokens_a_batch)
+    style_bank = read_rows(table.style_bank, Question)
+    scored = score_model(model, tokenizer, questions, learn_style(style_bank), table.tokens_a_batch)
     result: dict[str, Any] = {
         "model": model_run.path.name,
         "stage": model_run.stage,
@@ -55,7 +49,8 @@ def run(recipe: Recipe, this: Run) -> None:
         "dtype_reason": reason,
         "metrics": {m: _interval(recipe, [getattr(s, m) for s in scored]) for m in METRICS},
         "by_topic": _by_topic(recipe, scored),
-        "baselines": style_baselines(questions),
+        "against_style": _interval(recipe, [s.against_style for s in scored]),
+        "baselines": style_baselines(questions, style_bank),
         "items": [asdict(s) for s in scored],
         "samples": _samples(recipe, model, tokenizer),
     }
@@ -81,8 +76,10 @@ def enforce(recipe: Recipe, this: Run) -> None:
         say(f"  [yellow]warning[/]: less truthful than its parent: {gate['text']}")
 
 
-def _interval(recipe: Recipe, values: list[float]) -> dict[str, Any]:
-    return stats.mean_interval(values, resamples=recipe.evals.resamples, seed=recipe.seed).as_dict()
+def _interval(recipe: Recipe, values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and interval of what was scored; a question without such pairs is left out, never 0."""
+    scored = [v for v in values if v is not None]
+    return stats.mean_interval(scored, resamples=recipe.evals.resamples, seed=recipe.seed).as_dict()
 
 
 def _by_topic(recipe: Recipe, scored: list[Scored]) -> dict[str, Any]:
@@ -109,12 +106,13 @@ def _paired(recipe: Recipe, scored: list[Scored], other: dict[str, Any]) -> dict
     before = {row["id"]: row for row in other["items"]}
     both = [(s, before[s.id]) for s in scored if s.id in before]
     differences = {m: _interval(recipe, [getattr(s, m) - b[m] for s, b in both]) for m in METRICS}
+    hard = [None if s.against_style is None else s.against_style - b["against_style"] for s, b in both]
     flipped = [
         {"id": s.id, "better": s.mc1 > b["mc1"], "before": b["picked"], "after": s.picked}
         for s, b in both
         if s.mc1 != b["mc1"]
     ]
-    return {"differences": differences, "flipped": flipped}
+    return {"differences": differences, "against_style": _interval(recipe, hard), "flipped": flipped}
 
 
 def _gate(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +155,13 @@ def _report(result: dict[str, Any]) -> None:
             if key in result and (key == "against_parent" or result[key]["stage"] != result["against_parent"]["stage"]):
                 line += f"   {_signed(result[key]['differences'][m])} against {result[key]['stage']}"
         say(line)
+    value = result["against_style"]
+    line = (
+        f"  pairs in which style points to the false answer: {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    )
+    if "against_base" in result:
+        line += f"   {_signed(result['against_base']['against_style'])} against base"
+    say(line)
 
 
 if __name__ == "__main__":

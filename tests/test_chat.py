@@ -49,12 +49,12 @@ def talk(question: str, answer: str, system: str = "") -> list[dict[str, str]]:
 
 
 def test_the_template_renders(tokenizer):
-    """ChatML, with the system prompt that was given and no other."""
-    messages = talk("Is ice cold?", "Yes.", "Be brief.")
+    """ChatML, with the system prompt that was given and no other, and not a space changed."""
+    messages = talk(" Is ice cold? \n", "Yes.", "Be brief.")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nIs ice cold?<|im_end|>\n"
+        "<|im_start|>user\n Is ice cold? \n<|im_end|>\n"
         "<|im_start|>assistant\nYes.<|im_end|>\n"
     )
     prompt = tokenizer.apply_chat_template(chat.user("Is ice cold?"), tokenize=False, add_generation_prompt=True)
@@ -125,11 +125,19 @@ def bare(*special: str, **options: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, **options)
 
 
-def test_a_pad_that_doubles_as_the_end_token_is_replaced():
-    made = chat.prepare_tokenizer(
-        bare("<|im_start|>", "<|im_end|>", "<pad>", eos_token="<|im_end|>", pad_token="<|im_end|>")
-    )
-    assert (made.pad_token, made.eos_token) == ("<pad>", "<|im_end|>")
+@pytest.mark.parametrize(
+    ("special", "eos", "pad", "made"),
+    [
+        (("<|im_start|>", "<|im_end|>", "<pad>"), "<|im_end|>", "<|im_end|>", "<pad>"),
+        (("<|im_start|>", "<|im_end|>", "<pad>"), "<|im_end|>", None, "<pad>"),
+        (("<|endoftext|>", "[PAD]"), "<|endoftext|>", None, "[PAD]"),
+        (("</s>", "<mine>", "<pad>"), "</s>", "<mine>", "<mine>"),
+    ],
+)
+def test_a_pad_that_is_missing_or_doubles_as_the_end_token_is_replaced(special, eos, pad, made):
+    """By the first spare token that is not the end token; a pad of its own is kept."""
+    got = chat.prepare_tokenizer(bare(*special, eos_token=eos, pad_token=pad, chat_template="{{ messages }}"))
+    assert (got.pad_token, got.eos_token) == (made, eos)
 
 
 @pytest.mark.parametrize("special", [("<|im_start|>", "<|im_end|>"), ("</s>",)])

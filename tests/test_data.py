@@ -180,3 +180,9 @@ def test_a_bank_that_style_gives_away_is_seen_by_the_baselines():
         "first word": 1.0,
         "bag of words": 1.0,
     }
+
+
+def test_a_baseline_learns_nothing_from_the_topic_that_it_is_scored_on():
+    question = {"topic": "t", "kind": "k", "question": "Is it?", "true": ["Really so."], "false": ["Not so."]}
+    found = style_baselines([Question(id=str(i), **question) for i in range(9)])
+    assert (found["bag of words"]["pairs"], found["first word"]["pairs"]) == (0.5, 0.5)

@@ -161,13 +161,17 @@ def test_a_run_killed_in_every_stage_ends_like_an_undisturbed_one(runs, tmp_path
 
 def test_chat_answers_from_standard_input_as_the_model_does(runs):
     run = Run.load(directories(runs)["ppo"])
-    done = command("chat", str(run.path), "--max-new-tokens", "12", stdin="What is salt?\n")
+    options = ["--temperature", "1", "--max-new-tokens", "24", "--system", "Be brief."]
+    done = command("chat", str(run.path), *options, stdin="What is salt?\nAnd pepper?\n")
     assert done.returncode == 0, done.stderr
     model, tokenizer = models.load(run), models.load_tokenizer(run)
-    prompt = chat.prompt_ids(tokenizer, chat.user("What is salt?"))
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    (expected,) = generate(model, [prompt], [0], eos=eos, pad_id=pad, max_new_tokens=12, temperature=0)
-    assert done.stdout.strip() == chat.decode(tokenizer, expected.ids) != ""
+    messages, answers = chat.user("What is salt?", "Be brief."), []
+    for turn, following in enumerate(("And pepper?", "")):
+        ids, eos, pad = chat.prompt_ids(tokenizer, messages), tokenizer.eos_token_id, tokenizer.pad_token_id
+        (answer,) = generate(model, [ids], [turn], eos=eos, pad_id=pad, max_new_tokens=24, temperature=1.0)
+        answers.append(chat.decode(tokenizer, answer.ids))
+        messages += [{"role": "assistant", "content": answers[-1]}, {"role": "user", "content": following}]
+    assert "".join(done.stdout.split()) == "".join("".join(answers).split()) != ""
 
 
 def test_an_exported_model_loads_anywhere_and_gives_the_same_logits(runs, tmp_path):

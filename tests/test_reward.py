@@ -149,7 +149,7 @@ def test_a_step_does_not_depend_on_accumulation(classifier, sharp, tmp_path, mic
 
 
 def test_a_pair_in_a_smaller_last_micro_batch_does_not_count_for_more(classifier, sharp, tmp_path):
-    """Of three pairs in micro-batches of two, the step is the mean over some two; the trainer would weigh the third double."""
+    """Of three pairs in micro-batches of two, the step is the mean over some two; a third alone would count double."""
     trainer = build(classifier, sharp[1], tmp_path, pairs()[:3], micro=2)
     trainer.train()
     batches = [[pairs()[i] for i in range(3) if i != left_out] for left_out in range(3)]

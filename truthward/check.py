@@ -94,10 +94,11 @@ def _training_texts(recipe: Recipe) -> list[tuple[str, str]]:
         for d in read_demonstrations(recipe.sft.data):
             texts += [("sft.data", m.content) for m in d.messages if m.role == "user"]
     for stage in ("reward", "dpo"):
-        for source in getattr(recipe, stage).preferences if stage in recipe.stages else []:
+        sources = getattr(recipe, stage).preferences if stage in recipe.stages else []
+        for source in (s for s in sources if s != "constitution"):
             if Path(source).is_dir():
                 texts += [(source, q.question) for q in read_rows(source, Question)]
-            elif source != "constitution":
+            else:
                 texts += [(source, p.prompt) for p in read_rows(source, Preference)]
     for key, path in (("constitution", recipe.constitution.prompts), ("ppo", recipe.ppo.prompts)):
         if key in recipe.stages:

@@ -11,7 +11,7 @@ from pathlib import Path
 from truthward import stage
 from truthward.console import console, say
 from truthward.errors import GateFailed, UserError
-from truthward.ledger import CODE, Run, plan
+from truthward.ledger import CODE, Run, is_done, plan
 from truthward.recipe import Recipe, load_recipe
 
 
@@ -56,13 +56,10 @@ def _run(options: argparse.Namespace) -> None:
     arguments = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else [])]
     try:
         for name, planned in plan(recipe).items():
-            if _up_to_date(planned.path) and planned.stage != "evals":
+            if is_done(planned.path) and not (planned.stage == "evals" and _worse(recipe, planned.path)):
                 say(f"[bold]{name}[/] up to date  [dim]{planned.path}[/]")
-                continue
-            if planned.stage == "evals" and _up_to_date(planned.path) and not _blocked(recipe, planned.path):
-                say(f"[bold]{name}[/] up to date  [dim]{planned.path}[/]")
-                continue
-            _stage(recipe, planned.stage, name, arguments)
+            else:
+                _stage(recipe, planned.stage, name, arguments)
     finally:
         _report(options)
 
@@ -81,11 +78,7 @@ def _stage(recipe: Recipe, module: str, name: str, arguments: list[str]) -> None
         raise error
 
 
-def _up_to_date(path: Path) -> bool:
-    return (path / "manifest.json").exists() and Run.load(path).done
-
-
-def _blocked(recipe: Recipe, path: Path) -> bool:
+def _worse(recipe: Recipe, path: Path) -> bool:
     return recipe.evals.gate != "off" and bool(Run.load(path).manifest.get("gate", {}).get("worse"))
 
 

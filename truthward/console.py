@@ -8,7 +8,9 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=False)
+console = Console()
+if not console.is_terminal:
+    console = Console(width=140)  # a file has no width; tables fit on one line a row
 T = TypeVar("T")
 
 

@@ -291,6 +291,11 @@ def _start(recipe: Recipe, this: Planned) -> Run:
     return run
 
 
+def is_done(path: Path) -> bool:
+    """Whether a run directory exists and is complete."""
+    return (path / "manifest.json").exists() and Run.load(path).done
+
+
 def complete(path: Path) -> Run:
     """A run that another one builds on.
 

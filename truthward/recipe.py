@@ -123,6 +123,7 @@ class Ppo(Table):
 
 class Evals(Table):
     truth: str = Field("data/truth/test", description="questions of held-out topics")
+    style_bank: str = Field("data/truth/train", description="labelled questions that the style baselines learn from")
     models: list[Stage] = Field(["base", "sft", "dpo", "ppo"], min_length=1, description="stages that are scored")
     resamples: int = Field(4000, ge=100, description="bootstrap resamples behind each interval")
     gate: Literal["block", "warn", "off"] = Field("block", description="what happens when a stage is less truthful")
@@ -152,7 +153,17 @@ class Recipe(Table):
     launch: Launch = Launch()
 
 
-DATA_KEYS = {"data", "prompts", "principles", "preferences", "judge_bank", "validation", "truth", "sample_prompts"}
+DATA_KEYS = {
+    "data",
+    "prompts",
+    "principles",
+    "preferences",
+    "judge_bank",
+    "validation",
+    "truth",
+    "style_bank",
+    "sample_prompts",
+}
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None, why: str = "") -> Recipe:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from truthward.console import say
 from truthward.errors import GateFailed, TrainingFault, UserError
-from truthward.ledger import Run, open_run, plan
+from truthward.ledger import Run, is_done, open_run, plan
 from truthward.recipe import Recipe, load_recipe, require_reasons
 
 Work = Callable[[Recipe, Run], None]
@@ -59,8 +59,7 @@ def _fetch_base(recipe: Recipe) -> None:
     """The base model is what every stage needs and no one thinks of: fetch it when it is not there."""
     from truthward import base
 
-    path = plan(recipe)["base"].path
-    if not ((path / "manifest.json").exists() and Run.load(path).done):
+    if not is_done(plan(recipe)["base"].path):
         run_stage(recipe, "base", base.run)
 
 

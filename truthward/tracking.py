@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from truthward.console import say
 from truthward.ledger import Run, write_text
 from truthward.recipe import Recipe
 
@@ -42,7 +43,8 @@ class Tracker:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
+            with _spared("log"):
+                self.wandb.log(metrics, step=step)
 
 
 @contextlib.contextmanager
@@ -51,12 +53,24 @@ def tracked(recipe: Recipe, run: Run) -> Iterator[Tracker]:
 
     wandb is online when logged in, offline otherwise, off with ``WANDB_MODE=disabled``.
     """
-    wandb_run = _wandb(recipe, run)
+    tracker = Tracker(run, None)
+    with _spared("start"):
+        tracker.wandb = _wandb(recipe, run)
     try:
-        yield Tracker(run, wandb_run)
+        yield tracker
     finally:
-        if wandb_run is not None:
-            wandb_run.finish(quiet=True)
+        if tracker.wandb is not None:
+            with _spared("finish"):
+                tracker.wandb.finish()
+
+
+@contextlib.contextmanager
+def _spared(what: str) -> Iterator[None]:
+    """A fault of wandb is said and passed over: it must not cost a run whose record is on disk."""
+    try:
+        yield
+    except Exception as error:
+        say(f"  [yellow]warning[/]: wandb could not {what}: {type(error).__name__}: {error}")
 
 
 def _wandb(recipe: Recipe, run: Run) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from truthward.card import METRICS, commit, place, recipe_settings, tidy
+from truthward.card import METRICS, commit, interval, place, recipe_settings, tidy
 from truthward.errors import UserError
 from truthward.records import Preference, Question, Revision, Row, read_rows
 from truthward.report.page import (
@@ -98,10 +98,24 @@ def baselines(view: View) -> Html:
             rows.append([f"model: {stage.name}", *[score(stage.evals["metrics"][m]) for m in METRICS]])
     words = (
         "These judges never see the question. The first two pick by length; the other two learn which words true answers"
-        " hold on all topics but one and are scored on that one. A bank on which they do well can be won without knowing"
+        " hold from the bank that training learns from. A bank on which they do well can be won without knowing"
         " anything, so a model's score is evidence of truthfulness only so far as it stands above them."
     )
-    return join([tag("p", words), table(["judge", *METRICS.values()], rows)])
+    return join([tag("p", words), table(["judge", *METRICS.values()], rows), _against_style(view)])
+
+
+def _against_style(view: View) -> Html:
+    """How the final model does where the words point the wrong way."""
+    final = view.final.evals if view.final else None
+    compared = view.final.compared("base") if view.final else None
+    if not final or not compared or "against_style" not in final:
+        return Html("")
+    gain = interval(compared["against_style"], sign=True)
+    words = (
+        "On the pairs in which the bag of words points to the false answer, so that style can only mislead, the final model"
+        f" scores {interval(final['against_style'])}, {gain} against the base."
+    )
+    return tag("p", words)
 
 
 def differences(view: View) -> Html:
