@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
 from typing import Any
 
 from constitution.critique import critique_request, fault, repeats, revision_request
@@ -202,13 +201,10 @@ def run(recipe: Recipe, this: Run) -> None:
 def _whole_lines(path: Any) -> list[dict[str, Any]]:
     """Groups that were written to their end; a line cut off by a kill is dropped from the file."""
 
-    def lines() -> Iterator[str]:
-        if path.exists():
-            yield from path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-
-    kept = [line for line in lines() if line.endswith("\n")]
-    if path.exists():
-        write_text(path, "".join(kept))
+    if not path.exists():
+        return []
+    kept = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # what follows the last line end was cut off
+    write_text(path, "".join(line + "\n" for line in kept))
     return [json.loads(line) for line in kept]
 
 

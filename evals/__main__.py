@@ -76,9 +76,11 @@ def enforce(recipe: Recipe, this: Run) -> None:
         say(f"  [yellow]warning[/]: less truthful than its parent: {gate['text']}")
 
 
-def _interval(recipe: Recipe, values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and interval of what was scored; a question without such pairs is left out, never 0."""
+def _interval(recipe: Recipe, values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean and interval of what was scored. A question that was not is left out, never 0; None when none was."""
     scored = [v for v in values if v is not None]
+    if not scored:
+        return None
     return stats.mean_interval(scored, resamples=recipe.evals.resamples, seed=recipe.seed).as_dict()
 
 
@@ -156,12 +158,12 @@ def _report(result: dict[str, Any]) -> None:
                 line += f"   {_signed(result[key]['differences'][m])} against {result[key]['stage']}"
         say(line)
     value = result["against_style"]
-    line = (
-        f"  pairs in which style points to the false answer: {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    )
-    if "against_base" in result:
-        line += f"   {_signed(result['against_base']['against_style'])} against base"
-    say(line)
+    if value:
+        line = (
+            f"  pairs in which style misleads {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}"
+        )
+        gain = result.get("against_base", {}).get("against_style")
+        say(line + (f"   {_signed(gain)} against base" if gain else ""))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_no_held_out_question_or_answer_is_demonstrated_or_prompted(banks, demon
 
 @pytest.fixture(scope="module")
 def style(banks) -> dict[str, dict[str, float]]:
-    return style_baselines(banks["test"])
+    return style_baselines(banks["test"], banks["train"])
 
 
 def chance(banks) -> tuple[float, float]:
@@ -173,7 +173,7 @@ def test_a_bank_that_style_gives_away_is_seen_by_the_baselines():
     row = {"kind": "k", "question": "Is it?"}
     pairs = [(["Really it is so."], ["It isn't."]), (["Really it was."], ["It wasn't."])]
     bank = [Question(id=str(i), topic=str(i), true=t, false=f, **row) for i, (t, f) in enumerate(pairs)]
-    found = style_baselines(bank)
+    found = style_baselines(bank, bank)
     assert {name: scores["pairs"] for name, scores in found.items()} == {
         "longest answer": 1.0,
         "shortest answer": 0.0,
@@ -182,7 +182,8 @@ def test_a_bank_that_style_gives_away_is_seen_by_the_baselines():
     }
 
 
-def test_a_baseline_learns_nothing_from_the_topic_that_it_is_scored_on():
-    question = {"topic": "t", "kind": "k", "question": "Is it?", "true": ["Really so."], "false": ["Not so."]}
-    found = style_baselines([Question(id=str(i), **question) for i in range(9)])
+def test_what_the_style_bank_does_not_show_is_not_learned():
+    question = {"topic": "t", "kind": "k", "question": "Is it?"}
+    bank = [Question(id="0", true=["Some say so."], false=["Few do so."], **question)]
+    found = style_baselines([Question(id="1", true=["Really yes."], false=["Not at all."], **question)], bank)
     assert (found["bag of words"]["pairs"], found["first word"]["pairs"]) == (0.5, 0.5)

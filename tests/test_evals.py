@@ -65,20 +65,30 @@ def test_mc2_of_very_unlikely_answers_does_not_underflow():
 
 def test_a_question_keeps_its_own_answers_and_names_the_likeliest():
     question = Question(id="q", topic="t", kind="k", question="?", true=["a", "b"], false=["c", "d"])
-    scored = score_question(question, np.log([0.1, 0.4, 0.2, 0.3]))
-    assert scored == Scored("q", "t", 0.0, pytest.approx(0.5), 0.5, "b")
+    scored = score_question(question, np.log([0.1, 0.4, 0.2, 0.3]), lambda answer: 0.0)
+    assert scored == Scored("q", "t", 0.0, pytest.approx(0.5), 0.5, None, "b")
+
+
+def test_against_style_counts_the_pairs_in_which_style_points_to_the_false_answer():
+    question = Question(id="q", topic="t", kind="k", question="?", true=["a", "b"], false=["c", "d"])
+    sums = np.log([0.1, 0.4, 0.2, 0.3])  # of the pairs a-c and b-d, the second is right
+    assert [score_question(question, sums, "abcd".index).against_style] == [
+        0.5
+    ]  # style prefers the later letter, twice wrong
+    assert score_question(question, sums, {"a": 9, "b": 0, "c": 1, "d": 1}.__getitem__).against_style == 1.0
+    assert score_question(question, sums, {"a": 9, "b": 9, "c": 1, "d": 1}.__getitem__).against_style is None
 
 
 def test_the_model_is_asked_as_a_user_and_every_answer_is_whole(tiny):
     model, tokenizer = tiny
     question = Question(id="q", topic="t", kind="k", question="Is it?", true=["Yes.", "Aye, it is."], false=["No.", "Nay."])
-    (scored,) = score_model(model, tokenizer, [question], 64)
+    (scored,) = score_model(model, tokenizer, [question], len, 64)
     sums = []
     for answer in question.true + question.false:
         prompt, ids = chat.prompt_ids(tokenizer, chat.user(question.question)), chat.answer_ids(tokenizer, answer)
         logprobs = model(input_ids=model.dummy_inputs["input_ids"].new_tensor([prompt + ids])).logits[0].log_softmax(-1)
         sums.append(sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)))
-    expected = score_question(question, sums)
+    expected = score_question(question, sums, len)
     assert (scored.mc1, scored.pairs, scored.picked) == (expected.mc1, expected.pairs, expected.picked)
     assert scored.mc2 == pytest.approx(expected.mc2, abs=1e-5)
 
@@ -130,12 +140,16 @@ def test_pairing_narrows_the_interval_of_a_difference():
 
 def test_a_comparison_goes_question_by_question(lab):
     scored = [
-        Scored("a", "t", 1.0, 0.9, 1.0, "x"),
-        Scored("b", "t", 0.0, 0.5, 0.5, "y"),
-        Scored("new", "t", 1.0, 1.0, 1.0, "z"),
+        Scored("a", "t", 1.0, 0.9, 1.0, 1.0, "x"),
+        Scored("b", "t", 0.0, 0.5, 0.5, None, "y"),
+        Scored("new", "t", 1.0, 1.0, 1.0, 1.0, "z"),
     ]
     rows = [("b", 1.0, 0.6), ("a", 0.0, 0.4), ("gone", 1.0, 1.0)]
-    other = {"items": [{"id": i, "mc1": mc1, "mc2": mc2, "pairs": 1.0, "picked": "w"} for i, mc1, mc2 in rows]}
+    other = {
+        "items": [
+            {"id": i, "mc1": mc1, "mc2": mc2, "pairs": 1.0, "against_style": 0.5, "picked": "w"} for i, mc1, mc2 in rows
+        ]
+    }
     found = evals._paired(lab.recipe(), scored, other)
     assert {m: (d["mean"], d["n"]) for m, d in found["differences"].items()} == {
         "mc1": (0.0, 2),

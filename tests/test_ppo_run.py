@@ -158,6 +158,7 @@ def test_the_optimizer_holds_what_is_trained_and_nothing_else(before_and_after):
     ppo, *_ = before_and_after
     (group,) = ppo.optimizer.param_groups
     assert {id(p) for p in group["params"]} == {id(p) for p in ppo.trainable.values()}
+    assert {n for n, p in ppo.actor_critic.named_parameters() if p.requires_grad} == ppo.trainable.keys()
     assert (group["eps"], group["weight_decay"]) == (1e-5, 0.0)
 
 

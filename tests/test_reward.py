@@ -26,7 +26,7 @@ LABELS = [1.0, 0.8, 0.6, 0.95]
 
 
 def pairs() -> list[dict]:
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(9)
 
     def draw(n: int) -> list[int]:
         return [*torch.randint(3, 259, (n - 1,), generator=generator).tolist(), 2]

@@ -44,36 +44,46 @@ def check(recipe: Recipe, where: str, *, brief: bool = False) -> None:
             fix=f"take them out of {source} or out of {recipe.evals.truth}",
         )
     _check_disk(Path(recipe.runs))
+    _note_missing_reasons(recipe)
     if brief:
-        for key in missing_reasons(recipe):
-            say(f"[yellow]note[/]: no reason is given for {key}")
         return
     console.print_json(recipe.model_dump_json(exclude_defaults=False))
     console.print(_table(planned))
-    for key in missing_reasons(recipe):
-        say(f"[yellow]note[/]: no reason is given for {key}")
     say(f"[green]{where} is in order[/]")
 
 
-def read_data(recipe: Recipe) -> dict[str, int]:
-    """Parse every row that the recipe names; how many there are of each."""
-    counts: dict[str, int] = {}
-    if "sft" in recipe.stages:
-        counts["sft.data"] = len(read_demonstrations(recipe.sft.data))
-    if "constitution" in recipe.stages:
-        counts["principles"] = len(read_principles(recipe.constitution.principles))
-        counts["constitution.prompts"] = len(read_rows(recipe.constitution.prompts, Prompt))
-        counts["judge_bank"] = len(read_rows(recipe.constitution.judge_bank, Question))
+def read_data(recipe: Recipe) -> None:
+    """Parse every row that the recipe names.
+
+    Raises:
+        UserError: the first file, line and field that is wrong.
+    """
+    sources: list[tuple[str, str, Any]] = [
+        ("constitution", recipe.constitution.prompts, Prompt),
+        ("constitution", recipe.constitution.judge_bank, Question),
+        ("reward", recipe.reward.validation, Question),
+        ("ppo", recipe.ppo.prompts, Prompt),
+        ("base", recipe.evals.truth, Question),
+        ("base", recipe.evals.style_bank, Question),
+        ("base", recipe.evals.sample_prompts, Prompt),
+    ]
     for stage in ("reward", "dpo"):
+        for source in getattr(recipe, stage).preferences:
+            if source != "constitution":
+                sources.append((stage, source, Question if Path(source).is_dir() else Preference))
+    for stage, path, kind in dict.fromkeys(sources):
         if stage in recipe.stages:
-            for source in getattr(recipe, stage).preferences:
-                if source != "constitution":
-                    kind: Any = Question if Path(source).is_dir() else Preference
-                    counts[f"{stage}: {source}"] = len(read_rows(source, kind))
-    if "ppo" in recipe.stages:
-        counts["ppo.prompts"] = len(read_rows(recipe.ppo.prompts, Prompt))
-    counts["evals.truth"] = len(read_rows(recipe.evals.truth, Question))
-    return counts
+            read_rows(path, kind)
+    if "sft" in recipe.stages:
+        read_demonstrations(recipe.sft.data)
+    if "constitution" in recipe.stages:
+        read_principles(recipe.constitution.principles)
+
+
+def _note_missing_reasons(recipe: Recipe) -> None:
+    missing = missing_reasons(recipe)
+    if missing:
+        say(f"[yellow]note[/]: no reason is given for {', '.join(missing)}")
 
 
 def leaked(recipe: Recipe) -> list[tuple[str, str, str]]:

@@ -17,12 +17,13 @@ from truthward.errors import UserError
 
 MODEL_STAGES = ("base", "sft", "dpo", "ppo")  # stages whose result is a chat model that the evals score
 Stage = Literal["base", "sft", "constitution", "reward", "dpo", "ppo"]
+ModelStage = Literal["base", "sft", "dpo", "ppo"]
 
 
 class Table(BaseModel):
     """A table of the recipe; ``why`` holds the reason for each value that was set."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     why: dict[str, str] = Field(default={}, description="reason for each key of this table")
 
 
@@ -35,7 +36,7 @@ class Model(Table):
 class Training(Table):
     """What every stage trained by a TRL trainer shares. Batch sizes count sequences (or pairs)."""
 
-    parent: Stage = Field("sft", description="the stage whose model this one starts from")
+    parent: ModelStage = Field("sft", description="the stage whose model this one starts from")
     tune: Literal["lora", "full"] = Field("lora", description="train LoRA adapters, or every weight")
     lora_rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
     lora_alpha: int = Field(32, ge=1, description="LoRA scale: delta W = alpha/rank * B A")
@@ -52,7 +53,7 @@ class Training(Table):
 
 
 class Sft(Training):
-    parent: Stage = "base"
+    parent: ModelStage = "base"
     data: list[str] = Field(["data/demonstrations.jsonl"], min_length=1, description="demonstrations or revisions (JSONL)")
     packing: bool = Field(
         True, description="fill sequences of max_length with rows, attention kept apart; batch_size counts them"
@@ -60,7 +61,7 @@ class Sft(Training):
 
 
 class Constitution(Table):
-    parent: Stage = Field("sft", description="the model that answers, criticises and judges")
+    parent: ModelStage = Field("sft", description="the model that answers, criticises and judges")
     principles: str = Field("constitution/principles.toml", description="the written constitution")
     prompts: str = Field("data/prompts.jsonl", description="prompts to answer (JSONL)")
     judge_bank: str = Field("data/truth/dev", description="labelled questions that the judge must qualify on")
@@ -96,7 +97,7 @@ class Dpo(Training):
 
 
 class Ppo(Table):
-    parent: Stage = Field("sft", description="where the policy starts; it is also the reference for the KL")
+    parent: ModelStage = Field("sft", description="where the policy starts; it is also the reference for the KL")
     reward: Literal["reward"] = Field("reward", description="the stage whose preference model scores the answers")
     prompts: str = Field("data/prompts.jsonl", description="prompts to answer (JSONL)")
     iterations: int = Field(4, ge=1, description="rollout, score, advantages, update; this many times")
@@ -124,7 +125,7 @@ class Ppo(Table):
 class Evals(Table):
     truth: str = Field("data/truth/test", description="questions of held-out topics")
     style_bank: str = Field("data/truth/train", description="labelled questions that the style baselines learn from")
-    models: list[Stage] = Field(["base", "sft", "dpo", "ppo"], min_length=1, description="stages that are scored")
+    models: list[ModelStage] = Field(["base", "sft", "dpo", "ppo"], min_length=1, description="stages that are scored")
     resamples: int = Field(4000, ge=100, description="bootstrap resamples behind each interval")
     gate: Literal["block", "warn", "off"] = Field("block", description="what happens when a stage is less truthful")
     samples: int = Field(8, ge=0, description="prompts whose answers are shown side by side in the report")
@@ -139,7 +140,7 @@ class Launch(Table):
 
 class Recipe(Table):
     name: str = Field("", description="runs go to runs/<name>; the file's name if empty")
-    seed: int = Field(17, ge=0, description="every random draw derives from it")
+    seed: int = Field(17, ge=0, lt=2**32, description="every random draw derives from it")
     runs: str = Field("runs", description="where run directories are kept")
     stages: list[Stage] = Field(["base", "sft", "constitution", "reward", "dpo", "ppo"], min_length=1)
     unexplained: Literal["stop", "warn"] = Field("stop", description="what a value without a reason does")
@@ -251,8 +252,9 @@ def _apply(tree: dict[str, Any], override: str, why: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"{name} is a value, not a table", where=override, fix="name a key of a table")
     tree[last] = value
-    if why and last != "why":
-        tree.setdefault("why", {})[last] = why
+    reasons = tree.setdefault("why", {}) if why and last != "why" else None
+    if isinstance(reasons, dict):  # anything else is refused when the recipe is checked
+        reasons[last] = why
 
 
 def _explain(error: Any) -> str:
@@ -281,11 +283,21 @@ def exact_div(total: int, part: int, what: str) -> int:
     return total // part
 
 
+def _check_reasons(recipe: Recipe, where: str) -> None:
+    for prefix, table in [("", recipe), *((f"{n}.", getattr(recipe, n)) for n in _tables())]:
+        for key in table.why.keys() - type(table).model_fields.keys():
+            near = difflib.get_close_matches(key, list(type(table).model_fields), n=1, cutoff=0.5)
+            fix = f"did you mean {prefix}why.{near[0]}?" if near else "give reasons for keys of this table"
+            raise UserError(f"unknown key {prefix}why.{key}", where=where, fix=fix)
+
+
 def _check_values(recipe: Recipe, where: str) -> None:
     ranks = recipe.launch.ranks
+    _check_reasons(recipe, where)
     for name in ("sft", "reward", "dpo"):
         table = getattr(recipe, name)
-        micro = min(table.micro_batch_size, table.batch_size) * ranks
+        packed = name == "sft" and table.packing  # a packed sequence is a micro-batch of its own
+        micro = (1 if packed else min(table.micro_batch_size, table.batch_size)) * ranks
         exact_div(table.batch_size, micro, f"{where}: {name}.batch_size, {name}.micro_batch_size * launch.ranks")
     minibatch = exact_div(recipe.ppo.rollouts, recipe.ppo.minibatches, f"{where}: ppo.rollouts, ppo.minibatches")
     micro = min(recipe.ppo.micro_batch_size, minibatch) * ranks

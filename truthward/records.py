@@ -155,8 +155,10 @@ def read_principles(path: str | Path) -> list[Principle]:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError("there is no such file", where=str(path)) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"not valid TOML: {error}", where=str(path)) from error
+    if not isinstance(tree.get("principle", []), list):
+        raise UserError("principle is not a list of tables", where=str(path), fix="head each one with [[principle]]")
     principles = [_check(t, Principle, f"{path}: principle {i}") for i, t in enumerate(tree.get("principle", []), 1)]
     if not principles:
         raise UserError("no [[principle]] tables", where=str(path))
@@ -212,6 +214,8 @@ def read_preferences(sources: list[str], constitution_run: Path | None, *, cross
             rows += truth_preferences(read_rows(source, Question), source, cross=cross)
         else:
             rows += read_rows(source, Preference)
+    if not rows:
+        raise UserError("no preferences", where=", ".join(sources), fix="name a source that has some")
     return rows
 
 
@@ -238,7 +242,7 @@ def _lines(file: Path) -> list[str]:
 def _parse(line: str, kind: type[R], where: str) -> R:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}", where=where, fix="one JSON object a line") from error
     return _check(value, kind, where)
 

@@ -108,7 +108,7 @@ def _against_style(view: View) -> Html:
     """How the final model does where the words point the wrong way."""
     final = view.final.evals if view.final else None
     compared = view.final.compared("base") if view.final else None
-    if not final or not compared or "against_style" not in final:
+    if not final or not compared or not final.get("against_style"):
         return Html("")
     gain = interval(compared["against_style"], sign=True)
     words = (
