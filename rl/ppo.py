@@ -126,7 +126,7 @@ class PpoRun:
         raw = gae(rewards, scores.values, mask, gamma=table.gamma, gae_lambda=table.gae_lambda)
         lengths = mask.sum(1).float()
         log_ratio = scores.old_logprobs - scores.ref_logprobs
-        spread = masked_mean((raw.returns - masked_mean(raw.returns, mask)) ** 2, mask)
+        spread, missed = _variance(raw.returns, mask), _variance(raw.returns - scores.values, mask)
         metrics = {
             "score/raw": scores.scores.mean(),
             "score/normalised": normal.mean(),
@@ -136,7 +136,7 @@ class PpoRun:
             "answers/tokens": lengths.mean(),
             "answers/ended": batch.finished.float().mean(),
             "sampler_gap": masked_mean((scores.old_logprobs - batch.sampler_logprobs).abs(), mask),
-            "value/explained": 1 - masked_mean((raw.returns - scores.values) ** 2, mask) / spread.clamp(min=1e-8),
+            "value/explained": 1 - missed / spread.clamp(min=1e-8),
             "score/length_correlation": _correlation(scores.scores, lengths),
         }
         if self.progress.iteration == 0:
@@ -228,6 +228,10 @@ def prompt_order(prompts: int, iteration: int, rollouts: int, seed: int) -> list
     return rows
 
 
+def _variance(values: Tensor, mask: Tensor) -> Tensor:
+    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+
+
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
     x, y = x - x.mean(), y - y.mean()
     return (x * y).sum() / ((x**2).sum() * (y**2).sum()).sqrt().clamp(min=1e-8)
@@ -242,8 +246,8 @@ def train(ppo: PpoRun, tracker: Tracker, table: Ppo) -> None:
         while ppo.progress.iteration < table.iterations:
             bars.reset(sampling)
             metrics = ppo.iterate(lambda n: bars.advance(sampling, n))
+            tracker.log(ppo.progress.iteration, metrics)  # before the checkpoint: a row too many is dropped on resume
             state.save(ppo.run, ppo.progress, ppo.trainable, ppo.optimizer)
-            tracker.log(ppo.progress.iteration, metrics)
             bars.update(task, completed=ppo.progress.iteration, description=f"ppo score {metrics['score/normalised']:+.2f}")
 
 

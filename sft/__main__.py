@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from sft.trainer import LeanSftTrainer
+from sft.trainer import IGNORE, LeanSftTrainer, require_labels
 from truthward import chat, hardware, models
 from truthward.console import say
 from truthward.ledger import Run
@@ -25,9 +25,10 @@ def run(recipe: Recipe, this: Run) -> None:
     tokenizer = models.load_tokenizer(parent)
     rows = [chat.encode(tokenizer, [m.model_dump() for m in d.messages]) for d in demonstrations]
     refuse_long([len(ids) for ids, _ in rows], table.max_length, "demonstrations", "sft.max_length")
-    dataset = Dataset.from_list(
-        [{"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask, strict=True)]} for ids, mask in rows]
-    )
+    labelled = [
+        {"input_ids": ids, "labels": [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]} for ids, mask in rows
+    ]
+    require_labels(labelled)
     hardware.use_threads(recipe.model.threads)
     dtype, reason = hardware.choose_dtype(recipe.model.dtype)
     say(f"  {len(rows)} demonstrations, {sum(len(i) for i, _ in rows)} tokens; {str(dtype)[6:]} ({reason})")
@@ -37,11 +38,10 @@ def run(recipe: Recipe, this: Run) -> None:
     trainer = LeanSftTrainer(
         model=models.load(parent, dtype),
         args=SFTConfig(**arguments, packing=table.packing, completion_only_loss=False, shuffle_dataset=True),
-        train_dataset=dataset,
+        train_dataset=Dataset.from_list(labelled),
         processing_class=tokenizer,
         peft_config=models.lora_config(table.lora_rank, table.lora_alpha) if table.tune == "lora" else None,
     )
-    trainer.require_labels()
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "sft")
     models.save(this, trainer.model)

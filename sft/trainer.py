@@ -17,20 +17,22 @@ from truthward.errors import UserError
 IGNORE = -100
 
 
+def require_labels(rows: list[dict[str, Any]]) -> None:
+    """Every row has words to learn from. Asked before the trainer is made: it drops such rows without a word.
+
+    Raises:
+        UserError: some row is fully masked.
+    """
+    empty = [number for number, row in enumerate(rows, 1) if all(label == IGNORE for label in row["labels"])]
+    if empty:
+        first = f"{len(empty)} rows have no labelled token (the first is row {empty[0]})"
+        raise UserError(first, where="sft.data", fix="give each an assistant's answer")
+
+
 class LeanSftTrainer(SFTTrainer):
     """``loss = sum over labelled tokens of -log p / number of labelled tokens in the step, over ranks``."""
 
     model: Any
-
-    def require_labels(self) -> None:
-        """Every row, after packing, has words to learn from.
-
-        Raises:
-            UserError: some row is fully masked.
-        """
-        empty = sum(all(label == IGNORE for label in row["labels"]) for row in self.train_dataset)  # type: ignore[union-attr]
-        if empty:
-            raise UserError(f"{empty} rows have no labelled token", where="sft.data", fix="give each an assistant's answer")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -73,7 +73,6 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(lab, whole, tmp_path, mo
     assert lasting(resumed) == lasting(whole)
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoint is written before the metrics, so the iteration's row is lost")
 def test_a_kill_between_checkpoint_and_metrics_loses_no_row(lab, whole, tmp_path, monkeypatch):
     copy, log = lab.copy(tmp_path / "runs"), Tracker.log
 
