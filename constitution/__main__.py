@@ -34,8 +34,7 @@ class Workshop:
         self.tokenizer = models.load_tokenizer(parent)
         self.principles = read_principles(self.table.principles)
         hardware.use_threads(recipe.model.threads)
-        dtype, reason = hardware.choose_dtype(recipe.model.dtype)
-        this.record(dtype=str(dtype), dtype_reason=reason)
+        dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
         self.model = models.load(parent, dtype)
         if "judge" not in this.manifest:
             this.record(judge=self._measure_judge(recipe))

@@ -37,7 +37,7 @@ def run(recipe: Recipe, this: Run) -> None:
     questions = read_rows(table.truth, Question)
     tokenizer = models.load_tokenizer(model_run)
     hardware.use_threads(recipe.model.threads)
-    dtype, reason = hardware.choose_dtype(recipe.model.dtype)
+    dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
     model = models.load(model_run, dtype)
     style_bank = read_rows(table.style_bank, Question)
     scored = score_model(model, tokenizer, questions, learn_style(style_bank), table.tokens_a_batch)

@@ -35,9 +35,8 @@ def run(recipe: Recipe, this: Run) -> None:
         [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows], table.max_length, "pairs", "reward.max_length"
     )
     hardware.use_threads(recipe.model.threads)
-    dtype, reason = hardware.choose_dtype(recipe.model.dtype)
+    dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
     say(f"  {len(rows)} pairs, {len(validation)} for validation; {str(dtype)[6:]} ({reason})")
-    this.record(dtype=str(dtype), dtype_reason=reason)
     config = RewardConfig(
         **trainer_arguments(table, recipe.launch, this, recipe.seed), center_rewards_coefficient=table.center_coef
     )

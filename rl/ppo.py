@@ -52,8 +52,7 @@ class PpoRun:
         self.prompts = [chat.prompt_ids(self.tokenizer, chat.user(p.prompt)) for p in read_rows(self.table.prompts, Prompt)]
         refuse_long([len(p) for p in self.prompts], self.table.max_prompt_tokens, "prompts", "ppo.max_prompt_tokens")
         hardware.use_threads(recipe.model.threads)
-        self.dtype, reason = hardware.choose_dtype(recipe.model.dtype)
-        this.record(dtype=str(self.dtype), dtype_reason=reason)
+        self.dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
         say(f"  {len(self.prompts)} prompts, {self.table.rollouts} rollouts an iteration; {str(self.dtype)[6:]} ({reason})")
         actor_critic = ActorCritic(
             models.load(base, self.dtype),

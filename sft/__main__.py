@@ -30,9 +30,8 @@ def run(recipe: Recipe, this: Run) -> None:
     ]
     require_labels(labelled)
     hardware.use_threads(recipe.model.threads)
-    dtype, reason = hardware.choose_dtype(recipe.model.dtype)
+    dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
     say(f"  {len(rows)} demonstrations, {sum(len(i) for i, _ in rows)} tokens; {str(dtype)[6:]} ({reason})")
-    this.record(dtype=str(dtype), dtype_reason=reason)
     counted = table.model_copy(update={"micro_batch_size": 1}) if table.packing else table  # a packed sequence is one row
     arguments = trainer_arguments(counted, recipe.launch, this, recipe.seed)
     trainer = LeanSftTrainer(

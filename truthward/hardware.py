@@ -9,6 +9,8 @@ import time
 import torch
 from torch.nn import functional as F
 
+from truthward.ledger import Run
+
 
 def use_threads(threads: int) -> None:
     """Set torch's CPU threads; 0 takes all cores. More threads than cores make it many times slower."""
@@ -45,3 +47,11 @@ def choose_dtype(wanted: str) -> tuple[torch.dtype, str]:
     text = ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in speeds.items())
     fast = speeds["bfloat16"] >= 1.5 * speeds["float32"]
     return (torch.bfloat16 if fast else torch.float32), f"measured: {text}"
+
+
+def settled_dtype(wanted: str, run: Run) -> tuple[torch.dtype, str]:
+    """The compute type of a run and why; measured once and kept on record, so that a resumed run goes on in the same."""
+    if "dtype" not in run.manifest:
+        dtype, reason = choose_dtype(wanted)
+        run.record(dtype=str(dtype), dtype_reason=reason)
+    return getattr(torch, run.manifest["dtype"].removeprefix("torch.")), run.manifest["dtype_reason"]
