@@ -1,7 +1,7 @@
 """One PPO iteration: it starts at ratio 1 and KL 0, and its gradient is that of plain loops, however it is batched."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -128,6 +128,16 @@ def test_a_reference_that_is_not_the_start_stops_the_run(lab):
             ppo.advantages(batch, ppo.score(batch))
 
 
+def test_a_first_ratio_that_is_not_one_stops_the_run(lab):
+    """Row 1: old log-probabilities off by 1e-4."""
+    with lab.ppo("ppo.kl_coef=0.052") as ppo:
+        batch = ppo.rollout(quiet)
+        scores = ppo.score(batch)
+        targets, _ = ppo.advantages(batch, scores)
+        with pytest.raises(TrainingFault, match="PPO's ratio must be 1"):
+            ppo.update(batch, scores._replace(old_logprobs=scores.old_logprobs - 1e-4), targets)
+
+
 def test_values_start_at_zero_on_the_preference_models_weights(fresh):
     """Row 26: a head of zeros over a copy of the preference model's adapter."""
     batch = fresh.rollout(quiet)
@@ -232,9 +242,10 @@ def test_the_gradient_is_that_of_plain_loops(moved):
 
 
 def test_what_the_sampler_thought_does_not_matter(moved):
-    """Row 2: other sampler log-probabilities change the reported gap and nothing else."""
+    """Row 2: sampler log-probabilities off by 3, now up, now down, change the reported gap and nothing else."""
     b = moved.batch
-    wrong = Batch(b.ids, b.mask, b.answer_mask, b.sampler_logprobs - 3 * b.answer_mask, b.finished)
+    off = 3 * (-1.0) ** torch.arange(b.answer)
+    wrong = replace(b, sampler_logprobs=b.sampler_logprobs + off * b.answer_mask)
     targets, metrics = moved.ppo.advantages(wrong, moved.scores)
     assert metrics.pop("sampler_gap") == pytest.approx(3, abs=1e-4)
     assert metrics == {k: v for k, v in moved.metrics.items() if k != "sampler_gap"}
@@ -323,7 +334,7 @@ def test_advantages_are_whitened_over_the_whole_rollout(moved):
 
 def test_metrics_count_answer_tokens_alone(moved):
     """Rows 13, 38, 40: k1, k3, entropy and lengths by a loop over the tokens that count; padding holds junk."""
-    b, progress = moved.batch, moved.ppo.progress
+    b, progress = replace(moved.batch, finished=torch.arange(8) < 3), moved.ppo.progress
     junk = ~b.answer_mask * 50.0
     apart = moved.scores._replace(ref_logprobs=moved.scores.ref_logprobs - 0.3 * torch.rand(junk.shape) + junk)
     apart = apart._replace(entropy=moved.scores.entropy + junk, values=moved.scores.values + junk)
@@ -336,7 +347,7 @@ def test_metrics_count_answer_tokens_alone(moved):
     assert got["kl/k3"] == pytest.approx(math.fsum(math.exp(-x) + x - 1 for x in d) / len(d), rel=1e-4)
     assert got["entropy"] == pytest.approx(math.fsum(apart.entropy[i, t].item() for i, t in where) / len(d), rel=1e-5)
     assert got["answers/tokens"] == len(d) / 8
-    assert got["answers/ended"] == b.finished.float().mean().item()
+    assert got["answers/ended"] == 3 / 8
     lengths = b.answer_mask.sum(1).double()
     correlation = torch.corrcoef(torch.stack([apart.scores.double(), lengths]))[0, 1].item()
     assert got["score/length_correlation"] == pytest.approx(correlation, abs=1e-5)
