@@ -13,15 +13,16 @@ from typing import Any
 
 from constitution.critique import critique_request, fault, repeats, revision_request
 from constitution.judge import Case, Judge, measure, pick, require_qualified, soft_label
-from truthward import chat, hardware, models
+from truthward import chat, hardware, models, stats
 from truthward.console import progress, say
 from truthward.generate import Completion, generate
 from truthward.ledger import Run, digest, write_text
 from truthward.recipe import Recipe
-from truthward.records import Preference, Principle, Prompt, Question, Revision, read_principles, read_rows, write_rows
+from truthward.records import Preference, Prompt, Question, Revision, draw, read_principles, read_rows, write_rows
 from truthward.stage import main
 
 GROUP = 32  # prompts between two writes
+NOMINAL_TOKENS = 10  # scores are means a token; a label speaks of answers of this length
 
 
 class Workshop:
@@ -33,8 +34,7 @@ class Workshop:
         self.fingerprint = parent.manifest["fingerprint"]
         self.tokenizer = models.load_tokenizer(parent)
         self.principles = read_principles(self.table.principles)
-        hardware.use_threads(recipe.model.threads)
-        dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
+        dtype, _ = hardware.set_up(recipe.model, this)
         self.model = models.load(parent, dtype)
         if "judge" not in this.manifest:
             this.record(judge=self._measure_judge(recipe))
@@ -43,13 +43,11 @@ class Workshop:
             require_qualified(record)
         self.judge = Judge(self.model, self.tokenizer, record["chosen"])
         for method, row in record["methods"].items():
-            a = row["accuracy"]
             verdict = ("at chance" if row["refused"] else "qualified") + (", used" if method == record["chosen"] else "")
-            say(f"  judge by {method}: {a['mean']:.3f} [{a['low']:.3f}, {a['high']:.3f}] n={a['n']} {verdict}")
+            say(f"  judge by {method}: {stats.Interval(**row['accuracy'])} {verdict}")
 
     def _measure_judge(self, recipe: Recipe) -> dict[str, Any]:
-        questions = read_rows(self.table.judge_bank, Question)
-        questions = random.Random(self.seed).sample(questions, min(self.table.judge_questions, len(questions)))
+        questions = draw(read_rows(self.table.judge_bank, Question), self.table.judge_questions, self.seed)
         truthful = [p for p in self.principles if "truth" in p.tags] or self.principles
         how_many, resamples = self.table.judge_principles, recipe.evals.resamples
         return measure(self.model, self.tokenizer, questions, truthful, how_many, resamples, self.seed)
@@ -137,42 +135,39 @@ class Workshop:
             order = sorted(range(len(scores)), key=lambda k: -scores[k])
             best, worst = case.answers[order[0]], case.answers[order[-1]]
             if best != worst and not repeats(best):
-                rows.append(self._row(prompt, best, worst, scores[order[0]] - scores[order[-1]], case.principles, 0))
+                rows.append(
+                    self._preference(
+                        scores[order[0]] - scores[order[-1]],
+                        prompt=prompt.prompt,
+                        chosen=best,
+                        rejected=worst,
+                        source=f"constitution/{prompt.id}/{self.judge.method}",
+                        principle=[p.id for p in case.principles],
+                        seed=self._draw(prompt, "judge"),
+                    )
+                )
         return rows
 
-    def _row(
-        self, prompt: Prompt, chosen: str, rejected: str, difference: float, principles: list[Principle], number: int
-    ) -> Preference:
-        return Preference(
-            prompt=prompt.prompt,
-            chosen=chosen,
-            rejected=rejected,
-            probability=soft_label(difference * 10, self.table.judge_temperature),
-            source=f"constitution/{prompt.id}/{self.judge.method}",
-            principle=[p.id for p in principles],
-            round=number,
-            seed=self._draw(prompt, "judge"),
-            model=self.fingerprint,
-        )
-
     def _from_revision(self, r: Revision) -> Preference:
-        return Preference(
+        return self._preference(
+            r.score_after - r.score_before,
             prompt=r.prompt,
             chosen=r.revision,
             rejected=r.answer,
-            probability=soft_label((r.score_after - r.score_before) * 10, self.table.judge_temperature),
             source=f"constitution/{r.prompt_id}/revision",
             principle=[r.principle],
             round=r.round,
             seed=r.seed,
-            model=r.model,
         )
+
+    def _preference(self, difference: float, **fields: Any) -> Preference:
+        probability = soft_label(difference * NOMINAL_TOKENS, self.table.judge_temperature)
+        return Preference(probability=probability, model=self.fingerprint, **fields)
 
 
 def run(recipe: Recipe, this: Run) -> None:
     """Make all rows, group by group, and write ``revisions.jsonl`` and ``preferences.jsonl``."""
-    prompts = read_rows(recipe.constitution.prompts, Prompt)
-    prompts = random.Random(recipe.seed).sample(prompts, min(recipe.constitution.max_prompts, len(prompts)))
+    prompts = draw(read_rows(recipe.constitution.prompts, Prompt), recipe.constitution.max_prompts, recipe.seed)
     groups = [prompts[i : i + GROUP] for i in range(0, len(prompts), GROUP)]
     path = this.path / "groups.jsonl"
     done = _whole_lines(path)
@@ -199,7 +194,6 @@ def run(recipe: Recipe, this: Run) -> None:
 
 def _whole_lines(path: Any) -> list[dict[str, Any]]:
     """Groups that were written to their end; a line cut off by a kill is dropped from the file."""
-
     if not path.exists():
         return []
     kept = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # what follows the last line end was cut off

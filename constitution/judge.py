@@ -84,11 +84,11 @@ def measure(
     follow, violate = (judge.under(side, cases, "qualifying") for side in ("follow", "violate"))
     methods: dict[str, dict[str, Any]] = {}
     for method, scores in zip(METHODS, (_minus(follow, violate), follow), strict=True):
-        right, owners = [], []
+        right, owners = list[float](), list[str]()
         for question, row in zip(questions, scores, strict=True):
-            for true, false in zip(row, row[len(question.true) :], strict=False):
-                right.append(1.0 if true > false else 0.5 if true == false else 0.0)
-                owners.append(question.id)
+            wins = stats.pair_wins(row, row[len(question.true) :])
+            right += wins
+            owners += [question.id] * len(wins)
         accuracy = stats.mean_interval(right, clusters=owners, resamples=resamples, seed=seed)
         methods[method] = {"accuracy": accuracy.as_dict(), "refused": accuracy.low <= CHANCE}
     return {"methods": methods, "chosen": max(methods, key=lambda m: methods[m]["accuracy"]["mean"])}

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import random
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from evals.baselines import learn_style, style_baselines
 from evals.truth import METRICS, Scored, score_model
-from truthward import chat, hardware, models, stats
+from truthward import chat, hardware, models
 from truthward.console import say
 from truthward.errors import GateFailed
 from truthward.generate import generate
 from truthward.ledger import Run, is_done, plan, write_json
 from truthward.recipe import Recipe
-from truthward.records import Prompt, Question, read_rows
+from truthward.records import Prompt, Question, draw, read_rows
 from truthward.stage import main
+from truthward.stats import Interval, mean_interval
 
 COMPARED = {"parent": "against_parent", "base": "against_base"}
 
@@ -36,8 +37,7 @@ def run(recipe: Recipe, this: Run) -> None:
     table, model_run = recipe.evals, this.parent("model")
     questions = read_rows(table.truth, Question)
     tokenizer = models.load_tokenizer(model_run)
-    hardware.use_threads(recipe.model.threads)
-    dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
+    dtype, _ = hardware.set_up(recipe.model, this)
     model = models.load(model_run, dtype)
     style_bank = read_rows(table.style_bank, Question)
     scored = score_model(model, tokenizer, questions, learn_style(style_bank), table.tokens_a_batch)
@@ -46,7 +46,7 @@ def run(recipe: Recipe, this: Run) -> None:
         "stage": model_run.stage,
         "bank": table.truth,
         "dtype": str(dtype),
-        "dtype_reason": reason,
+        "dtype_reason": this.manifest["dtype_reason"],
         "metrics": {m: _interval(recipe, [getattr(s, m) for s in scored]) for m in METRICS},
         "by_topic": _by_topic(recipe, scored),
         "against_style": _interval(recipe, [s.against_style for s in scored]),
@@ -81,7 +81,7 @@ def _interval(recipe: Recipe, values: Sequence[float | None]) -> dict[str, Any] 
     scored = [v for v in values if v is not None]
     if not scored:
         return None
-    return stats.mean_interval(scored, resamples=recipe.evals.resamples, seed=recipe.seed).as_dict()
+    return mean_interval(scored, resamples=recipe.evals.resamples, seed=recipe.seed).as_dict()
 
 
 def _by_topic(recipe: Recipe, scored: list[Scored]) -> dict[str, Any]:
@@ -91,8 +91,6 @@ def _by_topic(recipe: Recipe, scored: list[Scored]) -> dict[str, Any]:
 
 def _earlier(recipe: Recipe, this: Run, model_run: Run, role: str) -> dict[str, Any] | None:
     """The evals of the stage that this model started from (or of the base), if they are there."""
-    import json
-
     parents = model_run.manifest["parents"]
     if not parents:
         return None
@@ -122,12 +120,8 @@ def _gate(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
     if not compared:
         return {"mode": recipe.evals.gate, "worse": [], "text": "nothing to compare with"}
     worse = [m for m in METRICS if compared["differences"][m]["high"] < 0]
-    text = ", ".join(f"{m} {_signed(compared['differences'][m])} against {compared['stage']}" for m in worse)
+    text = ", ".join(f"{m} {Interval(**compared['differences'][m]).signed()} against {compared['stage']}" for m in worse)
     return {"mode": recipe.evals.gate, "worse": worse, "text": text or "not worse than its parent"}
-
-
-def _signed(interval: dict[str, Any]) -> str:
-    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}] n={interval['n']}"
 
 
 def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]:
@@ -135,7 +129,7 @@ def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]
     if not recipe.evals.samples:
         return []
     prompts = read_rows(recipe.evals.sample_prompts, Prompt)
-    chosen = random.Random(recipe.seed).sample(prompts, min(recipe.evals.samples, len(prompts)))
+    chosen = draw(prompts, recipe.evals.samples, recipe.seed)
     completions = generate(
         model,
         [chat.prompt_ids(tokenizer, chat.user(p.prompt)) for p in chosen],
@@ -151,11 +145,10 @@ def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]
 
 def _report(result: dict[str, Any]) -> None:
     for m in METRICS:
-        value = result["metrics"][m]
-        line = f"  {m:6} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}"
+        line = f"  {m:6} {Interval(**result['metrics'][m])}"
         for key in COMPARED.values():
             if key in result and (key == "against_parent" or result[key]["stage"] != result["against_parent"]["stage"]):
-                line += f"   {_signed(result[key]['differences'][m])} against {result[key]['stage']}"
+                line += f"   {Interval(**result[key]['differences'][m]).signed()} against {result[key]['stage']}"
         say(line)
     value = result["against_style"]
     if value:
@@ -163,7 +156,7 @@ def _report(result: dict[str, Any]) -> None:
             f"  pairs in which style misleads {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}"
         )
         gain = result.get("against_base", {}).get("against_style")
-        say(line + (f"   {_signed(gain)} against base" if gain else ""))
+        say(line + (f"   {Interval(**gain).signed()} against base" if gain else ""))
 
 
 if __name__ == "__main__":

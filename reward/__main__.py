@@ -34,9 +34,8 @@ def run(recipe: Recipe, this: Run) -> None:
     refuse_long(
         [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows], table.max_length, "pairs", "reward.max_length"
     )
-    hardware.use_threads(recipe.model.threads)
-    dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
-    say(f"  {len(rows)} pairs, {len(validation)} for validation; {str(dtype)[6:]} ({reason})")
+    dtype, compute = hardware.set_up(recipe.model, this)
+    say(f"  {len(rows)} pairs, {len(validation)} for validation; {compute}")
     config = RewardConfig(
         **trainer_arguments(table, recipe.launch, this, recipe.seed), center_rewards_coefficient=table.center_coef
     )

@@ -122,10 +122,9 @@ def run(recipe: Recipe, this: Run) -> None:
     rows = [to_row(tokenizer, group) for group in draw(groups, table.max_prompts, recipe.seed)]
     items = [Item(row["prompt_ids"], row["answer_ids"]) for row in rows]
     refuse_long([i.length for i in items], table.max_length, "prompts with their answers", "dpo.max_length")
-    hardware.use_threads(recipe.model.threads)
-    dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
+    dtype, compute = hardware.set_up(recipe.model, this)
     pairs = sum(len(row["pairs"]) for row in rows)
-    say(f"  {pairs} pairs on {len(rows)} prompts; {str(dtype)[6:]} ({reason})")
+    say(f"  {pairs} pairs on {len(rows)} prompts; {compute}")
     model = models.load(parent, dtype)
     with progress() as bar:
         task = bar.add_task("dpo reference", total=len(items))

@@ -27,7 +27,7 @@ from truthward.recipe import Ppo, Recipe
 from truthward.records import Prompt, read_rows
 from truthward.stage import main
 from truthward.tensors import masked_mean, masked_sum
-from truthward.tracking import Tracker, tracked
+from truthward.tracking import Tracker, read_metrics, tracked
 from truthward.trainers import refuse_long
 
 
@@ -51,9 +51,8 @@ class PpoRun:
         self.tokenizer = models.load_tokenizer(base)
         self.prompts = [chat.prompt_ids(self.tokenizer, chat.user(p.prompt)) for p in read_rows(self.table.prompts, Prompt)]
         refuse_long([len(p) for p in self.prompts], self.table.max_prompt_tokens, "prompts", "ppo.max_prompt_tokens")
-        hardware.use_threads(recipe.model.threads)
-        self.dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
-        say(f"  {len(self.prompts)} prompts, {self.table.rollouts} rollouts an iteration; {str(self.dtype)[6:]} ({reason})")
+        self.dtype, compute = hardware.set_up(recipe.model, this)
+        say(f"  {len(self.prompts)} prompts, {self.table.rollouts} rollouts an iteration; {compute}")
         actor_critic = ActorCritic(
             models.load(base, self.dtype),
             reward.model_dir,
@@ -263,8 +262,6 @@ def run(recipe: Recipe, this: Run) -> None:
                 actor_critic.save_adapter(name, target)
                 if name == "value":
                     models.save_head(target, weight=actor_critic.value_head.weight, bias=actor_critic.value_head.bias)
-    from truthward.tracking import read_metrics
-
     rows = read_metrics(this)
     keep = ("score/raw", "score/normalised", "kl/k3", "entropy", "answers/tokens", "answers/ended")
     this.finish(metrics={"first": {k: rows[0][k] for k in keep}, "last": {k: rows[-1][k] for k in keep}})

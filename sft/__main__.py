@@ -29,9 +29,8 @@ def run(recipe: Recipe, this: Run) -> None:
         {"input_ids": ids, "labels": [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]} for ids, mask in rows
     ]
     require_labels(labelled)
-    hardware.use_threads(recipe.model.threads)
-    dtype, reason = hardware.settled_dtype(recipe.model.dtype, this)
-    say(f"  {len(rows)} demonstrations, {sum(len(i) for i, _ in rows)} tokens; {str(dtype)[6:]} ({reason})")
+    dtype, compute = hardware.set_up(recipe.model, this)
+    say(f"  {len(rows)} demonstrations, {sum(len(i) for i, _ in rows)} tokens; {compute}")
     counted = table.model_copy(update={"micro_batch_size": 1}) if table.packing else table  # a packed sequence is one row
     arguments = trainer_arguments(counted, recipe.launch, this, recipe.seed)
     trainer = LeanSftTrainer(

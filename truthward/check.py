@@ -71,9 +71,8 @@ def read_data(recipe: Recipe) -> None:
         for source in getattr(recipe, stage).preferences:
             if source != "constitution":
                 sources.append((stage, source, Question if Path(source).is_dir() else Preference))
-    for stage, path, kind in dict.fromkeys(sources):
-        if stage in recipe.stages:
-            read_rows(path, kind)
+    for path, kind in dict.fromkeys((path, kind) for stage, path, kind in sources if stage in recipe.stages):
+        read_rows(path, kind)
     if "sft" in recipe.stages:
         read_demonstrations(recipe.sft.data)
     if "constitution" in recipe.stages:
@@ -132,8 +131,6 @@ def _table(planned: dict[str, Planned]) -> Table:
         "stage", "reads", "from", "writes", "state", title="what each stage reads and writes", title_justify="left"
     )
     for name, this in planned.items():
-        state = "new"
-        if (this.path / "manifest.json").exists():
-            state = Run.load(this.path).manifest["status"]
+        state = Run.find(this.path).manifest.get("status", "new")
         table.add_row(name, "\n".join(this.data) or "-", "\n".join(this.parents.values()) or "-", str(this.path), state)
     return table

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from truthward.ledger import Run
+from truthward.recipe import Model
 
 
 def use_threads(threads: int) -> None:
@@ -49,9 +50,14 @@ def choose_dtype(wanted: str) -> tuple[torch.dtype, str]:
     return (torch.bfloat16 if fast else torch.float32), f"measured: {text}"
 
 
-def settled_dtype(wanted: str, run: Run) -> tuple[torch.dtype, str]:
-    """The compute type of a run and why; measured once and kept on record, so that a resumed run goes on in the same."""
+def set_up(model: Model, run: Run) -> tuple[torch.dtype, str]:
+    """Threads and compute type of a run, and in words which type and why.
+
+    The type is chosen once and kept on record, so that a resumed run goes on in the same.
+    """
+    use_threads(model.threads)
     if "dtype" not in run.manifest:
-        dtype, reason = choose_dtype(wanted)
+        dtype, reason = choose_dtype(model.dtype)
         run.record(dtype=str(dtype), dtype_reason=reason)
-    return getattr(torch, run.manifest["dtype"].removeprefix("torch.")), run.manifest["dtype_reason"]
+    name = run.manifest["dtype"].removeprefix("torch.")
+    return getattr(torch, name), f"{name} ({run.manifest['dtype_reason']})"

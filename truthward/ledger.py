@@ -202,6 +202,11 @@ class Run:
         except ValueError as error:
             raise UserError(f"not valid JSON: {error}", where=str(path / "manifest.json")) from error
 
+    @classmethod
+    def find(cls, path: Path) -> Run:
+        """A run directory, with an empty manifest where nothing has been run yet."""
+        return cls.load(path) if (path / "manifest.json").exists() else cls(path)
+
     @property
     def done(self) -> bool:
         return self.manifest.get("status") == "complete"
@@ -266,9 +271,7 @@ def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
 
 
 def _start(recipe: Recipe, this: Planned) -> Run:
-    run = Run(this.path)
-    if (this.path / "manifest.json").exists():
-        run = Run.load(this.path)
+    run = Run.find(this.path)
     if not run.done:
         before = run.manifest.get("seconds_before", 0)
         if run.manifest:
@@ -293,7 +296,7 @@ def _start(recipe: Recipe, this: Planned) -> Run:
 
 def is_done(path: Path) -> bool:
     """Whether a run directory exists and is complete."""
-    return (path / "manifest.json").exists() and Run.load(path).done
+    return Run.find(path).done
 
 
 def complete(path: Path) -> Run:
@@ -302,7 +305,7 @@ def complete(path: Path) -> Run:
     Raises:
         UserError: it is not there, or not complete.
     """
-    run = Run.load(path) if (path / "manifest.json").exists() else Run(path)
+    run = Run.find(path)
     if not run.done:
         stage = path.name.rpartition("-")[0]
         state = "is not complete" if run.manifest else "has not been run with these settings, data and code"

@@ -71,7 +71,7 @@ class Constitution(Table):
     judge_questions: int = Field(200, ge=1, description="at most this many of them, drawn by seed")
     judge_gate: Literal["block", "warn"] = Field("block", description="what happens when no judge clears chance")
     judge_principles: int = Field(2, ge=1, description="principles averaged in one judgement")
-    judge_temperature: float = Field(4.0, gt=0, description="label = sigmoid(difference of scores / this)")
+    judge_temperature: float = Field(4.0, gt=0, description="label = sigmoid(10 * difference of scores a token / this)")
     min_confidence: float = Field(0.6, ge=0.5, lt=1, description="pairs whose label is nearer to 0.5 are left out")
     max_new_tokens: int = Field(64, ge=1, description="longest generated text in tokens")
     temperature: float = Field(0.8, gt=0, description="sampling temperature of answers and revisions")
@@ -207,11 +207,11 @@ def settings(recipe: Recipe, table: str) -> dict[str, Any]:
 def missing_reasons(recipe: Recipe) -> list[str]:
     """Dotted keys that were set to something other than the default, or name data, and carry no reason."""
     missing = []
-    for name, table in [("", recipe), *((n, getattr(recipe, n)) for n in _tables())]:
+    for prefix, table in _prefixed(recipe):
         for key in sorted(table.model_fields_set - {"why", "name", "runs", *_tables()}):
             changed = getattr(table, key) != type(table).model_fields[key].default
             if (changed or key in DATA_KEYS) and not table.why.get(key, "").strip():
-                missing.append(f"{name}.{key}" if name else key)
+                missing.append(prefix + key)
     return missing
 
 
@@ -236,6 +236,15 @@ def require_reasons(recipe: Recipe, where: str) -> list[str]:
 
 def _tables() -> list[str]:
     return [n for n, f in Recipe.model_fields.items() if isinstance(f.default, Table)]
+
+
+def _prefixed(recipe: Recipe) -> list[tuple[str, Table]]:
+    """The recipe and its tables, each with what stands before a key of it in a dotted name."""
+    return [("", recipe), *((f"{name}.", getattr(recipe, name)) for name in _tables())]
+
+
+def _nearest(key: str, table: type[Table]) -> str:
+    return next(iter(difflib.get_close_matches(key, list(table.model_fields), n=1, cutoff=0.5)), "")
 
 
 def _apply(tree: dict[str, Any], override: str, why: str) -> None:
@@ -264,8 +273,8 @@ def _explain(error: Any) -> str:
         field = table.model_fields.get(part)
         table = type(field.default) if field and isinstance(field.default, Table) else table
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], list(table.model_fields), n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"keys are: {', '.join(table.model_fields)}"
+        near = _nearest(path[-1], table)
+        hint = f"did you mean {'.'.join([*path[:-1], near])}?" if near else f"keys are: {', '.join(table.model_fields)}"
         return f"unknown key {'.'.join(path)}\n  to do: {hint}"
     field = table.model_fields.get(path[-1])
     about = f" ({field.description})" if field and field.description else ""
@@ -284,10 +293,10 @@ def exact_div(total: int, part: int, what: str) -> int:
 
 
 def _check_reasons(recipe: Recipe, where: str) -> None:
-    for prefix, table in [("", recipe), *((f"{n}.", getattr(recipe, n)) for n in _tables())]:
+    for prefix, table in _prefixed(recipe):
         for key in table.why.keys() - type(table).model_fields.keys():
-            near = difflib.get_close_matches(key, list(type(table).model_fields), n=1, cutoff=0.5)
-            fix = f"did you mean {prefix}why.{near[0]}?" if near else "give reasons for keys of this table"
+            near = _nearest(key, type(table))
+            fix = f"did you mean {prefix}why.{near}?" if near else "give reasons for keys of this table"
             raise UserError(f"unknown key {prefix}why.{key}", where=where, fix=fix)
 
 

@@ -21,8 +21,17 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] n={self.n}"
 
+    def signed(self) -> str:
+        """For a difference: every number with its sign."""
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] n={self.n}"
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def pair_wins(true: Sequence[float], false: Sequence[float]) -> list[float]:
+    """For each matched pair 1 where the true answer has the higher score, 0 where the false one has, 0.5 for a tie."""
+    return [1.0 if t > f else 0.5 if t == f else 0.0 for t, f in zip(true, false, strict=False)]
 
 
 def mean_interval(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,7 @@ def fit(trainer: Any, tracker: Tracker, description: str) -> int:
             fix="give more rows, or lower micro_batch_size and batch_size",
         )
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
-    if checkpoint:
-        tracker.resume_at(int(checkpoint.name.split("-")[1]))
-    else:
-        tracker.resume_at(0)
+    tracker.resume_at(_step(checkpoint) if checkpoint else 0)
     for callback in ("PrinterCallback", "ProgressCallback"):
         for held in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == callback]:
             trainer.remove_callback(held)
@@ -83,13 +81,14 @@ def fit(trainer: Any, tracker: Tracker, description: str) -> int:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end (the trainer's state is its last file)."""
-    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists() and _readable(p)]
-    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return max((p for p in folder.glob("checkpoint-*") if _readable(p)), key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def _readable(checkpoint: Path) -> bool:
-    import json
-
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):

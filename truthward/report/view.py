@@ -106,9 +106,9 @@ def gather(recipe: Recipe) -> View:
 
 
 def _look(planned: Planned) -> Seen:
-    if not (planned.path / "manifest.json").exists():
+    run = Run.find(planned.path)
+    if not run.manifest:
         return Seen(planned, "not run yet", None, None)
-    run = Run.load(planned.path)
     return Seen(planned, "complete", run, None) if run.done else Seen(planned, "unfinished", None, run)
 
 
