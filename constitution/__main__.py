@@ -17,9 +17,9 @@ from truthward import chat, hardware, models, stats
 from truthward.console import progress, say
 from truthward.generate import Completion, generate
 from truthward.ledger import Run, digest, write_text
-from truthward.recipe import Recipe
 from truthward.records import Preference, Prompt, Question, Revision, draw, read_principles, read_rows, write_rows
 from truthward.stage import main
+from truthward.tables import Recipe
 
 GROUP = 32  # prompts between two writes
 NOMINAL_TOKENS = 10  # scores are means a token; a label speaks of answers of this length

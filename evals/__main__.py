@@ -14,10 +14,10 @@ from truthward.console import say
 from truthward.errors import GateFailed
 from truthward.generate import generate
 from truthward.ledger import Run, is_done, plan, write_json
-from truthward.recipe import Recipe
 from truthward.records import Prompt, Question, draw, read_rows
 from truthward.stage import main
 from truthward.stats import Interval, mean_interval
+from truthward.tables import Recipe
 
 COMPARED = {"parent": "against_parent", "base": "against_base"}
 

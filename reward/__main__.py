@@ -13,9 +13,9 @@ from truthward import chat, hardware, models, stats
 from truthward.console import say
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory
-from truthward.recipe import Recipe
 from truthward.records import Preference, Question, draw, read_preferences, read_rows, truth_preferences
 from truthward.stage import main
+from truthward.tables import Recipe
 from truthward.tensors import pad
 from truthward.tracking import tracked
 from truthward.trainers import fit, refuse_long, trainer_arguments

@@ -21,10 +21,10 @@ from truthward.branches import Item, plant
 from truthward.console import progress, say
 from truthward.guard import check_start
 from truthward.ledger import Run
-from truthward.recipe import Recipe
 from truthward.records import Preference, by_prompt, draw, read_preferences
 from truthward.score import answer_sums
 from truthward.stage import main
+from truthward.tables import Recipe
 from truthward.tensors import token_logprobs
 from truthward.tracking import tracked
 from truthward.trainers import fit, refuse_long, trainer_arguments

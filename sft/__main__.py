@@ -8,9 +8,9 @@ from sft.trainer import IGNORE, LeanSftTrainer, require_labels
 from truthward import chat, hardware, models
 from truthward.console import say
 from truthward.ledger import Run
-from truthward.recipe import Recipe
 from truthward.records import read_demonstrations
 from truthward.stage import main
+from truthward.tables import Recipe
 from truthward.tracking import tracked
 from truthward.trainers import fit, refuse_long, trainer_arguments
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from truthward.ledger import Run
-from truthward.recipe import Recipe
+from truthward.tables import Recipe
 
 
 def run(recipe: Recipe, this: Run) -> None:

@@ -9,7 +9,7 @@ Shapes: R rows, T positions, N answer tokens of all rows in order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Forest:
         row, source: ``[N]``: where the hidden state that predicts each answer token is.
         target: ``[N]``: the answer tokens.
         branch: ``[N]``: which answer (counted over all items) each token belongs to.
+        tip_row, tip: where the last token of each answer is, one for each answer.
     """
 
     ids: Tensor
@@ -46,10 +47,17 @@ class Forest:
     source: Tensor
     target: Tensor
     branch: Tensor
+    tip_row: Tensor
+    tip: Tensor
+
+    def to(self, device: torch.device | str) -> Forest:
+        """The same on another device."""
+        return Forest(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def additive(self, dtype: torch.dtype) -> Tensor:
         """The attention mask as a model takes it: 0 where seen, the lowest number elsewhere."""
-        return torch.zeros(self.sees.shape, dtype=dtype).masked_fill_(~self.sees, torch.finfo(dtype).min)
+        mask = torch.zeros(self.sees.shape, dtype=dtype, device=self.sees.device)
+        return mask.masked_fill_(~self.sees, torch.finfo(dtype).min)
 
 
 def plant(rows: list[list[Item]]) -> Forest:
@@ -57,7 +65,7 @@ def plant(rows: list[list[Item]]) -> Forest:
     width = max(sum(item.length for item in row) for row in rows)
     ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
     tree, limb = torch.full((2, len(rows), width), -1)  # limb 0 is the tree's prompt; -1 is padding
-    row_N, source_N, target_N, branch_N = [], [], [], []
+    row_N, source_N, target_N, branch_N, tip_row, tip = [], [], [], [], [], []
     trees = limbs = 0
     for r, row in enumerate(rows):
         end = 0
@@ -74,10 +82,12 @@ def plant(rows: list[list[Item]]) -> Forest:
                     source_N += [first - 1 if i == 0 else start + i - 1 for i in range(len(piece))]
                     target_N += piece
                     branch_N += [limbs] * len(piece)
+                    tip_row.append(r)
+                    tip.append(end - 1)
                     limbs += 1
             trees += 1
     same_tree = tree.unsqueeze(2) == tree.unsqueeze(1)
     on_path = (limb.unsqueeze(2) == limb.unsqueeze(1)) | (limb.unsqueeze(1) == 0)
     causal = torch.ones(width, width, dtype=torch.bool).tril()
-    where = (torch.tensor(values, dtype=torch.long) for values in (row_N, source_N, target_N, branch_N))
+    where = (torch.tensor(values, dtype=torch.long) for values in (row_N, source_N, target_N, branch_N, tip_row, tip))
     return Forest(ids, positions, (same_tree & on_path & causal).unsqueeze(1), *where)

@@ -11,7 +11,7 @@ from typing import Any
 
 from truthward.errors import UserError
 from truthward.ledger import CODE, Run
-from truthward.recipe import Recipe
+from truthward.tables import Recipe
 
 HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 METRICS = {"mc1": "MC1", "mc2": "MC2", "pairs": "pairs"}

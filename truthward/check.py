@@ -12,7 +12,7 @@ from rich.table import Table
 from truthward.console import console, say
 from truthward.errors import UserError
 from truthward.ledger import Planned, Run, plan
-from truthward.recipe import Recipe, missing_reasons, require_reasons
+from truthward.recipe import missing_reasons, require_reasons
 from truthward.records import (
     Preference,
     Prompt,
@@ -21,6 +21,7 @@ from truthward.records import (
     read_principles,
     read_rows,
 )
+from truthward.tables import Recipe
 
 NEAR = 0.7  # share of common words from which two questions count as the same
 SPACE_GB = 4  # what a run of a 135M model writes, with room

@@ -12,7 +12,8 @@ from truthward import stage
 from truthward.console import console, say
 from truthward.errors import GateFailed, UserError
 from truthward.ledger import CODE, Run, is_done, plan
-from truthward.recipe import Recipe, load_recipe
+from truthward.recipe import load_recipe
+from truthward.tables import Recipe
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from truthward.ledger import Run
-from truthward.recipe import Model
+from truthward.tables import Model
 
 
 def use_threads(threads: int) -> None:

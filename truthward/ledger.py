@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from truthward.errors import UserError
-from truthward.recipe import DATA_KEYS, MODEL_STAGES, Recipe, settings
+from truthward.recipe import DATA_KEYS, ppo_base, settings
+from truthward.tables import MODEL_STAGES, Recipe
 
 CODE = {"base": "truthward.base", "dpo": "rl.dpo", "ppo": "rl.ppo"}  # stage -> module; the others are their own name
 OUR_PACKAGES = ("truthward", "sft", "reward", "constitution", "rl", "evals")
@@ -152,8 +153,10 @@ def plan(recipe: Recipe) -> dict[str, Planned]:
         if stage in ("reward", "dpo") and "constitution" in getattr(recipe, stage).preferences:
             parents["preferences"] = "constitution"
         if stage == "ppo":
-            parents = {"model": recipe.reward.parent, "reward": recipe.ppo.reward}
-            if recipe.ppo.parent != recipe.reward.parent:
+            parents["model"] = ppo_base(recipe)
+            if "reward" in recipe.ppo.rewards:
+                parents["reward"] = "reward"
+            if recipe.ppo.parent != parents["model"]:
                 parents["start"] = recipe.ppo.parent  # the policy starts as a copy of this stage's adapter
         _add(planned, recipe, stage, stage, {role: planned[name].path.name for role, name in parents.items()})
         if stage in recipe.evals.models and stage in MODEL_STAGES:
@@ -166,6 +169,9 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
     paths = [p for key in sorted(DATA_KEYS & values.keys()) for p in _as_list(values[key]) if p != "constitution"]
     if stage == "base" and Path(recipe.model.base).is_dir():
         paths.append(recipe.model.base)
+    if stage == "ppo":  # a reward function's file, a classifier's folder; a hub id is no path
+        named = [source.partition(":")[0] for source in recipe.ppo.rewards if source != "reward"]
+        paths += [path for path in named if Path(path).exists()]
     data = {path: hash_path(path) for path in paths}
     code = hash_code(CODE.get(stage, stage))
     value = digest([stage, recipe.seed, values, settings(recipe, "model"), sorted(data.values()), parents, code])[:10]

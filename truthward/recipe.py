@@ -9,150 +9,12 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from truthward.errors import UserError
-
-MODEL_STAGES = ("base", "sft", "dpo", "ppo")  # stages whose result is a chat model that the evals score
-Stage = Literal["base", "sft", "constitution", "reward", "dpo", "ppo"]
-ModelStage = Literal["base", "sft", "dpo", "ppo"]
-
-
-class Table(BaseModel):
-    """A table of the recipe; ``why`` holds the reason for each value that was set."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    why: dict[str, str] = Field(default={}, description="reason for each key of this table")
-
-
-class Model(Table):
-    base: str = Field("smollm2-135m-instruct", description="the wheel's model, a local folder, a hub id, or tiny-random")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute type; auto times both")
-    threads: int = Field(0, ge=0, description="CPU threads; 0 takes all cores")
-
-
-class Training(Table):
-    """What every stage trained by a TRL trainer shares. Batch sizes count sequences (or pairs)."""
-
-    parent: ModelStage = Field("sft", description="the stage whose model this one starts from")
-    tune: Literal["lora", "full"] = Field("lora", description="train LoRA adapters, or every weight")
-    lora_rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
-    lora_alpha: int = Field(32, ge=1, description="LoRA scale: delta W = alpha/rank * B A")
-    learning_rate: float = Field(1e-4, gt=0, lt=1, description="peak learning rate of AdamW")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after warm-up")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps that the rate climbs")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
-    epochs: float = Field(1.0, gt=0, description="passes over the data")
-    batch_size: int = Field(16, ge=1, description="rows an optimizer step, over all ranks")
-    micro_batch_size: int = Field(8, ge=1, description="rows a forward pass, on each rank")
-    max_length: int = Field(512, ge=8, description="longest row in tokens; longer rows are an error, never cut")
-    checkpoint_every: int = Field(20, ge=1, description="optimizer steps between checkpoints")
-
-
-class Sft(Training):
-    parent: ModelStage = "base"
-    data: list[str] = Field(["data/demonstrations.jsonl"], min_length=1, description="demonstrations or revisions (JSONL)")
-    packing: bool = Field(
-        True, description="fill sequences of max_length with rows, attention kept apart; batch_size counts them"
-    )
-
-
-class Constitution(Table):
-    parent: ModelStage = Field("sft", description="the model that answers, criticises and judges")
-    principles: str = Field("constitution/principles.toml", description="the written constitution")
-    prompts: str = Field("data/prompts.jsonl", description="prompts to answer (JSONL)")
-    judge_bank: str = Field("data/truth/dev", description="labelled questions that the judge must qualify on")
-    max_prompts: int = Field(240, ge=1, description="use at most this many prompts, drawn by seed")
-    rounds: int = Field(1, ge=0, description="critique and revision rounds for each prompt")
-    samples: int = Field(2, ge=2, description="answers a prompt, from which preference pairs are made")
-    judge_questions: int = Field(200, ge=1, description="at most this many of them, drawn by seed")
-    judge_gate: Literal["block", "warn"] = Field("block", description="what happens when no judge clears chance")
-    judge_principles: int = Field(2, ge=1, description="principles averaged in one judgement")
-    judge_temperature: float = Field(4.0, gt=0, description="label = sigmoid(10 * difference of scores a token / this)")
-    min_confidence: float = Field(0.6, ge=0.5, lt=1, description="pairs whose label is nearer to 0.5 are left out")
-    max_new_tokens: int = Field(64, ge=1, description="longest generated text in tokens")
-    temperature: float = Field(0.8, gt=0, description="sampling temperature of answers and revisions")
-    batch_size: int = Field(32, ge=1, description="rows generated together")
-
-
-class Reward(Training):
-    preferences: list[str] = Field(
-        ["data/truth/train", "constitution"], min_length=1, description="truth banks, preference files or constitution"
-    )
-    max_pairs: int = Field(2000, ge=2, description="use at most this many pairs, drawn by seed")
-    validation: str = Field("data/truth/dev", description="labelled questions for the validation accuracy")
-    center_coef: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps rewards near 0")
-
-
-class Dpo(Training):
-    preferences: list[str] = Field(
-        ["data/truth/train", "constitution"], min_length=1, description="truth banks, preference files or constitution"
-    )
-    max_prompts: int = Field(2000, ge=1, description="use at most this many prompts, each with all its pairs, drawn by seed")
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference model")
-    sft_coef: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-likelihood a token")
-
-
-class Ppo(Table):
-    parent: ModelStage = Field("sft", description="where the policy starts; it is also the reference for the KL")
-    reward: Literal["reward"] = Field("reward", description="the stage whose preference model scores the answers")
-    prompts: str = Field("data/prompts.jsonl", description="prompts to answer (JSONL)")
-    iterations: int = Field(4, ge=1, description="rollout, score, advantages, update; this many times")
-    rollouts: int = Field(32, ge=2, description="answers sampled an iteration, over all ranks")
-    epochs: int = Field(2, ge=1, description="passes over the rollouts of an iteration")
-    minibatches: int = Field(2, ge=1, description="optimizer steps a pass")
-    micro_batch_size: int = Field(8, ge=1, description="rows a forward pass, on each rank")
-    max_new_tokens: int = Field(48, ge=1, description="longest answer in tokens")
-    max_prompt_tokens: int = Field(256, ge=1, description="longest prompt in tokens; longer ones are an error")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature; log-probabilities are scaled alike")
-    learning_rate: float = Field(1e-5, gt=0, lt=1, description="peak rate of AdamW for policy and value")
-    kl_coef: float = Field(0.05, ge=0, description="beta: reward - beta * KL(policy || reference), a token")
-    clip_range: float = Field(0.2, gt=0, lt=1, description="PPO's epsilon for the ratio")
-    value_clip_range: float = Field(0.2, gt=0, description="the same for the value")
-    value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's lambda")
-    gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
-    truncation_penalty: float = Field(1.0, ge=0, description="taken off the score of an answer that does not end")
-    target_kl: float = Field(0.1, gt=0, description="stop an iteration's passes when KL(old || new) a token passes it")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
-    lora_rank: int = Field(16, ge=1, description="rank of new policy adapters")
-    lora_alpha: int = Field(32, ge=1, description="LoRA scale of new policy adapters")
-
-
-class Evals(Table):
-    truth: str = Field("data/truth/test", description="questions of held-out topics")
-    style_bank: str = Field("data/truth/train", description="labelled questions that the style baselines learn from")
-    models: list[ModelStage] = Field(["base", "sft", "dpo", "ppo"], min_length=1, description="stages that are scored")
-    resamples: int = Field(4000, ge=100, description="bootstrap resamples behind each interval")
-    gate: Literal["block", "warn", "off"] = Field("block", description="what happens when a stage is less truthful")
-    samples: int = Field(8, ge=0, description="prompts whose answers are shown side by side in the report")
-    sample_prompts: str = Field("data/prompts.jsonl", description="where those prompts come from")
-    tokens_a_batch: int = Field(2048, ge=64, description="tokens scored in one forward pass")
-
-
-class Launch(Table):
-    ranks: int = Field(1, ge=1, description="processes on this host")
-    deepspeed: str | None = Field(None, description="DeepSpeed configuration (JSON)")
-
-
-class Recipe(Table):
-    name: str = Field("", description="runs go to runs/<name>; the file's name if empty")
-    seed: int = Field(17, ge=0, lt=2**32, description="every random draw derives from it")
-    runs: str = Field("runs", description="where run directories are kept")
-    stages: list[Stage] = Field(["base", "sft", "constitution", "reward", "dpo", "ppo"], min_length=1)
-    unexplained: Literal["stop", "warn"] = Field("stop", description="what a value without a reason does")
-    model: Model = Model()
-    sft: Sft = Sft()
-    constitution: Constitution = Constitution()
-    reward: Reward = Reward()
-    dpo: Dpo = Dpo()
-    ppo: Ppo = Ppo()
-    evals: Evals = Evals()
-    launch: Launch = Launch()
-
+from truthward.tables import Recipe, Table, Training
 
 DATA_KEYS = {
     "data",
@@ -164,6 +26,7 @@ DATA_KEYS = {
     "truth",
     "style_bank",
     "sample_prompts",
+    "ptx_data",
 }
 
 
@@ -308,21 +171,10 @@ def _check_values(recipe: Recipe, where: str) -> None:
         packed = name == "sft" and table.packing  # a packed sequence is a micro-batch of its own
         micro = (1 if packed else min(table.micro_batch_size, table.batch_size)) * ranks
         exact_div(table.batch_size, micro, f"{where}: {name}.batch_size, {name}.micro_batch_size * launch.ranks")
-    minibatch = exact_div(recipe.ppo.rollouts, recipe.ppo.minibatches, f"{where}: ppo.rollouts, ppo.minibatches")
-    micro = min(recipe.ppo.micro_batch_size, minibatch) * ranks
-    exact_div(minibatch, micro, f"{where}: ppo.rollouts / ppo.minibatches, ppo.micro_batch_size * launch.ranks")
-    start = recipe.ppo.parent
-    if "ppo" in recipe.stages and start != recipe.reward.parent:
-        table = getattr(recipe, start, None)
-        if not isinstance(table, Training) or table.tune != "lora" or table.parent != recipe.reward.parent:
-            raise UserError(
-                f"ppo.parent = {start} and reward.parent = {recipe.reward.parent} differ in their base",
-                where=where,
-                fix='start PPO from reward.parent, or from a stage with tune = "lora" whose parent is reward.parent',
-            )
+    _check_ppo(recipe, where)
     for index, stage in enumerate(recipe.stages):
         needs = [] if stage == "base" else [getattr(recipe, stage).parent]
-        needs += ["reward"] if stage == "ppo" else []
+        needs += ["reward"] if stage == "ppo" and "reward" in recipe.ppo.rewards else []
         needs += (
             ["constitution"] if stage in ("reward", "dpo") and "constitution" in getattr(recipe, stage).preferences else []
         )
@@ -333,3 +185,42 @@ def _check_values(recipe: Recipe, where: str) -> None:
                     where=f"{where}: stages",
                     fix=f"put {need} before {stage}, or change {stage}.parent or {stage}.preferences",
                 )
+
+
+def _check_ppo(recipe: Recipe, where: str) -> None:
+    table, ranks = recipe.ppo, recipe.launch.ranks
+    minibatch = exact_div(table.rollouts, table.minibatches, f"{where}: ppo.rollouts, ppo.minibatches")
+    micro = min(table.micro_batch_size, minibatch) * ranks
+    exact_div(minibatch, micro, f"{where}: ppo.rollouts / ppo.minibatches, ppo.micro_batch_size * launch.ranks")
+    exact_div(table.rollouts, table.group_size, f"{where}: ppo.rollouts, ppo.group_size")
+    if table.advantage != "gae" and table.group_size < 2:
+        raise UserError(
+            f"{table.advantage} compares the answers to a prompt, and group_size is 1",
+            where=f"{where}: ppo.group_size",
+            fix="sample at least two answers a prompt, e.g. ppo.group_size = 4",
+        )
+    if table.reward_weights and len(table.reward_weights) != len(table.rewards):
+        raise UserError(
+            f"{len(table.rewards)} rewards have {len(table.reward_weights)} weights",
+            where=f"{where}: ppo.reward_weights",
+            fix="give one weight for each of ppo.rewards, or none",
+        )
+    if 0 < table.dual_clip <= 1:
+        raise UserError("it bounds ratios above 1", where=f"{where}: ppo.dual_clip", fix="3 is usual; 0 sets no bound")
+    if (table.ptx_coef > 0) != bool(table.ptx_data):
+        raise UserError("ptx_coef and ptx_data go together", where=f"{where}: ppo.ptx_coef", fix="give both, or neither")
+    start = table.parent
+    if "ppo" in recipe.stages and ppo_base(recipe) != start:
+        stage = getattr(recipe, start, None)
+        if not isinstance(stage, Training) or stage.tune != "lora" or stage.parent != ppo_base(recipe):
+            raise UserError(
+                f"ppo.parent = {start} and reward.parent = {recipe.reward.parent} differ in their base",
+                where=where,
+                fix='start PPO from reward.parent, or from a stage with tune = "lora" whose parent is reward.parent',
+            )
+
+
+def ppo_base(recipe: Recipe) -> str:
+    """The stage whose frozen weights PPO's adapters share: the preference model's parent, where that is an adapter."""
+    shared = "reward" in recipe.ppo.rewards and recipe.reward.tune == "lora"
+    return recipe.reward.parent if shared else recipe.ppo.parent

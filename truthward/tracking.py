@@ -12,7 +12,7 @@ from typing import Any
 
 from truthward.console import say
 from truthward.ledger import Run, write_text
-from truthward.recipe import Recipe
+from truthward.tables import Recipe
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from truthward.console import progress
 from truthward.errors import UserError
 from truthward.guard import check_finite
 from truthward.ledger import Run
-from truthward.recipe import Launch, Training, exact_div
+from truthward.recipe import exact_div
+from truthward.tables import Launch, Training
 from truthward.tracking import Tracker
 
 datasets.disable_progress_bars()

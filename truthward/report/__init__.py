@@ -10,10 +10,10 @@ from rich.text import Text
 
 from truthward.card import METRICS, interval
 from truthward.ledger import write_text
-from truthward.recipe import Recipe
 from truthward.report.page import join, page, signed, tag
 from truthward.report.sections import SECTIONS
 from truthward.report.view import Stage, View, cost, direction, effect, gather, headline, listed
+from truthward.tables import Recipe
 
 EFFECTS = {
     "helped": "helped",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from truthward.card import METRICS, interval
 from truthward.ledger import Planned, Run, plan
-from truthward.recipe import MODEL_STAGES, Recipe
+from truthward.tables import MODEL_STAGES, Recipe
 
 Status = Literal["complete", "unfinished", "not run yet"]
 ROLES = {"parent": "against_parent", "base": "against_base"}

@@ -1,0 +1,187 @@
+"""The tables of a recipe: every key with its type, default, bounds and meaning; one class a table."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MODEL_STAGES = ("base", "sft", "dpo", "ppo")  # stages whose result is a chat model that the evals score
+Stage = Literal["base", "sft", "constitution", "reward", "dpo", "ppo"]
+ModelStage = Literal["base", "sft", "dpo", "ppo"]
+
+
+class Table(BaseModel):
+    """A table of the recipe; ``why`` holds the reason for each value that was set."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    why: dict[str, str] = Field(default={}, description="reason for each key of this table")
+
+
+class Model(Table):
+    base: str = Field("smollm2-135m-instruct", description="the wheel's model, a local folder, a hub id, or tiny-random")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute type; auto times both")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 takes all cores")
+
+
+class Training(Table):
+    """What every stage trained by a TRL trainer shares. Batch sizes count sequences (or pairs)."""
+
+    parent: ModelStage = Field("sft", description="the stage whose model this one starts from")
+    tune: Literal["lora", "full"] = Field("lora", description="train LoRA adapters, or every weight")
+    lora_rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
+    lora_alpha: int = Field(32, ge=1, description="LoRA scale: delta W = alpha/rank * B A")
+    learning_rate: float = Field(1e-4, gt=0, lt=1, description="peak learning rate of AdamW")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after warm-up")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps that the rate climbs")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    batch_size: int = Field(16, ge=1, description="rows an optimizer step, over all ranks")
+    micro_batch_size: int = Field(8, ge=1, description="rows a forward pass, on each rank")
+    max_length: int = Field(512, ge=8, description="longest row in tokens; longer rows are an error, never cut")
+    checkpoint_every: int = Field(20, ge=1, description="optimizer steps between checkpoints")
+
+
+class Sft(Training):
+    parent: ModelStage = "base"
+    data: list[str] = Field(["data/demonstrations.jsonl"], min_length=1, description="demonstrations or revisions (JSONL)")
+    packing: bool = Field(
+        True, description="fill sequences of max_length with rows, attention kept apart; batch_size counts them"
+    )
+
+
+class Constitution(Table):
+    parent: ModelStage = Field("sft", description="the model that answers, criticises and judges")
+    principles: str = Field("constitution/principles.toml", description="the written constitution")
+    prompts: str = Field("data/prompts.jsonl", description="prompts to answer (JSONL)")
+    judge_bank: str = Field("data/truth/dev", description="labelled questions that the judge must qualify on")
+    max_prompts: int = Field(240, ge=1, description="use at most this many prompts, drawn by seed")
+    rounds: int = Field(1, ge=0, description="critique and revision rounds for each prompt")
+    samples: int = Field(2, ge=2, description="answers a prompt, from which preference pairs are made")
+    judge_questions: int = Field(200, ge=1, description="at most this many of them, drawn by seed")
+    judge_gate: Literal["block", "warn"] = Field("block", description="what happens when no judge clears chance")
+    judge_principles: int = Field(2, ge=1, description="principles averaged in one judgement")
+    judge_temperature: float = Field(4.0, gt=0, description="label = sigmoid(10 * difference of scores a token / this)")
+    min_confidence: float = Field(0.6, ge=0.5, lt=1, description="pairs whose label is nearer to 0.5 are left out")
+    max_new_tokens: int = Field(64, ge=1, description="longest generated text in tokens")
+    temperature: float = Field(0.8, gt=0, description="sampling temperature of answers and revisions")
+    batch_size: int = Field(32, ge=1, description="rows generated together")
+
+
+class Reward(Training):
+    preferences: list[str] = Field(
+        ["data/truth/train", "constitution"], min_length=1, description="truth banks, preference files or constitution"
+    )
+    max_pairs: int = Field(2000, ge=2, description="use at most this many pairs, drawn by seed")
+    validation: str = Field("data/truth/dev", description="labelled questions for the validation accuracy")
+    center_coef: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps rewards near 0")
+
+
+class Dpo(Training):
+    preferences: list[str] = Field(
+        ["data/truth/train", "constitution"], min_length=1, description="truth banks, preference files or constitution"
+    )
+    max_prompts: int = Field(2000, ge=1, description="use at most this many prompts, each with all its pairs, drawn by seed")
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference model")
+    sft_coef: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-likelihood a token")
+
+
+class Sampling(Table):
+    """How PPO's answers are sampled."""
+
+    prompts: str = Field("data/prompts.jsonl", description="prompts to answer (JSONL)")
+    rollouts: int = Field(32, ge=2, description="answers sampled an iteration, over all ranks")
+    group_size: int = Field(1, ge=1, description="answers to each prompt; RLOO and GRPO compare them with each other")
+    max_new_tokens: int = Field(48, ge=1, description="longest answer in tokens")
+    max_prompt_tokens: int = Field(256, ge=1, description="longest prompt in tokens; longer ones are an error")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; log-probabilities are scaled alike")
+    sampler: Literal["exact", "bfloat16", "int8"] = Field("exact", description="the weights that answers are sampled with")
+    tis_cap: float = Field(2.0, ge=0, description="most that pi_old / pi_sampler may weigh a token; 0 does not correct")
+    truncation: Literal["penalty", "replace", "mask"] = Field(
+        "penalty",
+        description="of answers that don't end: take truncation_penalty off, score minus that, or leave out",
+    )
+    truncation_penalty: float = Field(1.0, ge=0, description="in units of the first rollout's spread of scores")
+
+
+class Scoring(Table):
+    """What PPO's answers are scored with."""
+
+    rewards: list[str] = Field(
+        ["reward"], min_length=1, description='"reward" (the stage), "file.py:function", or a sequence classifier\'s folder'
+    )
+    reward_weights: list[float] = Field([], description="weight of each of the rewards; all 1 if empty")
+    hard_rewards: bool = Field(False, description="1 where a score beats the first rollout's mean, else 0")
+    score_clip: float = Field(0.0, ge=0, description="normalised scores are held within this range; 0 leaves them")
+
+
+class Objective(Table):
+    """What PPO's update minimises."""
+
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = Field(
+        "gae", description="gae learns a critic; the others compare"
+    )
+    reduction: Literal["token", "sequence", "dr_grpo"] = Field("token", description="what the loss is a mean over")
+    ratio: Literal["token", "sequence"] = Field("token", description="the ratio that is clipped: a token's or the answer's")
+    clip_range: float = Field(0.2, gt=0, lt=1, description="PPO's epsilon for the ratio")
+    dual_clip: float = Field(0.0, ge=0, description="bound of the loss at negative advantages, in units of these; 0: none")
+    value_clip_range: float = Field(0.2, gt=0, description="epsilon for the value")
+    value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's lambda")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
+    kl_coef: float = Field(0.05, ge=0, description="beta: reward - beta * KL(policy || reference), a token")
+    kl_form: Literal["reward", "k2", "k3"] = Field("reward", description="KL in the reward, or an estimator in the loss")
+    kl_target: float = Field(0.0, ge=0, description="KL of an answer that an adaptive kl_coef holds; 0 keeps kl_coef fixed")
+    kl_horizon: int = Field(10_000, ge=1, description="answers in which an adaptive kl_coef can change by a fifth of itself")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy that is added to the objective")
+    ptx_coef: float = Field(0.0, ge=0, description="weight of the demonstrations' negative log-likelihood a token")
+    ptx_data: list[str] = Field([], description="demonstrations (JSONL) for it")
+
+
+class Ppo(Sampling, Scoring, Objective):
+    parent: ModelStage = Field("sft", description="where the policy starts; it is also the reference for the KL")
+    tune: Literal["lora", "full"] = Field("lora", description="the policy: an adapter, or a copy of every weight")
+    lora_rank: int = Field(16, ge=1, description="rank of new adapters")
+    lora_alpha: int = Field(32, ge=1, description="LoRA scale of new adapters")
+    iterations: int = Field(4, ge=1, description="rollout, score, advantages, update; this many times")
+    epochs: int = Field(2, ge=1, description="passes over the rollouts of an iteration")
+    minibatches: int = Field(2, ge=1, description="optimizer steps a pass")
+    micro_batch_size: int = Field(8, ge=1, description="answers a forward pass, on each rank")
+    learning_rate: float = Field(1e-5, gt=0, lt=1, description="peak rate of AdamW, falling to 0 in a line")
+    value_learning_rate: float = Field(0.0, ge=0, lt=1, description="the critic's; 0 takes learning_rate")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of the steps that the rates climb")
+    target_kl: float = Field(0.1, gt=0, description="stop an iteration's passes when KL(old || new) a token passes it")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+
+
+class Evals(Table):
+    truth: str = Field("data/truth/test", description="questions of held-out topics")
+    style_bank: str = Field("data/truth/train", description="labelled questions that the style baselines learn from")
+    models: list[ModelStage] = Field(["base", "sft", "dpo", "ppo"], min_length=1, description="stages that are scored")
+    resamples: int = Field(4000, ge=100, description="bootstrap resamples behind each interval")
+    gate: Literal["block", "warn", "off"] = Field("block", description="what happens when a stage is less truthful")
+    samples: int = Field(8, ge=0, description="prompts whose answers are shown side by side in the report")
+    sample_prompts: str = Field("data/prompts.jsonl", description="where those prompts come from")
+    tokens_a_batch: int = Field(2048, ge=64, description="tokens scored in one forward pass")
+
+
+class Launch(Table):
+    ranks: int = Field(1, ge=1, description="processes on this host")
+    deepspeed: str | None = Field(None, description="DeepSpeed configuration (JSON)")
+
+
+class Recipe(Table):
+    name: str = Field("", description="runs go to runs/<name>; the file's name if empty")
+    seed: int = Field(17, ge=0, lt=2**32, description="every random draw derives from it")
+    runs: str = Field("runs", description="where run directories are kept")
+    stages: list[Stage] = Field(["base", "sft", "constitution", "reward", "dpo", "ppo"], min_length=1)
+    unexplained: Literal["stop", "warn"] = Field("stop", description="what a value without a reason does")
+    model: Model = Model()
+    sft: Sft = Sft()
+    constitution: Constitution = Constitution()
+    reward: Reward = Reward()
+    dpo: Dpo = Dpo()
+    ppo: Ppo = Ppo()
+    evals: Evals = Evals()
+    launch: Launch = Launch()
