@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import torch
 from datasets import Dataset
 
-from reward.trainer import PairCollator, SoftRewardTrainer
-from truthward import chat, hardware, models, stats
+from reward.trainer import SoftRewardTrainer, collate
+from truthward import hardware, models, stats
+from truthward.branches import Item, plant
 from truthward.console import say
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory
-from truthward.records import Preference, Question, draw, read_preferences, read_rows, truth_preferences
+from truthward.records import Preference, Question, by_prompt, draw, read_preferences, read_rows, truth_preferences
 from truthward.stage import main
 from truthward.tables import Recipe
-from truthward.tensors import pad
 from truthward.tracking import tracked
-from truthward.trainers import fit, refuse_long, trainer_arguments
+from truthward.trainers import fit, refuse_long, to_row, trainer_arguments
 
 
 def run(recipe: Recipe, this: Run) -> None:
@@ -28,63 +27,84 @@ def run(recipe: Recipe, this: Run) -> None:
     table, parent = recipe.reward, this.parent("model")
     tokenizer = models.load_tokenizer(parent)
     constitution = this.parent("preferences").path if "preferences" in this.manifest["parents"] else None
-    preferences = draw(read_preferences(table.preferences, constitution), table.max_pairs, recipe.seed)
-    validation = truth_preferences(read_rows(table.validation, Question), table.validation)
-    rows = [to_ids(tokenizer, p) for p in preferences]
-    refuse_long(
-        [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows], table.max_length, "pairs", "reward.max_length"
-    )
+    groups = by_prompt(read_preferences(table.preferences, constitution, cross=True))
+    groups = draw(groups, table.max_pairs, recipe.seed)
+    refuse_pad(tokenizer, groups)
+    rows = [to_row(tokenizer, group) for group in groups]
+    refuse_long([longest(row) for row in rows], table.max_length, "prompts with an answer", "reward.max_length")
+    validation = by_prompt(truth_preferences(read_rows(table.validation, Question), table.validation))
+    held_out = [to_row(tokenizer, group) for group in validation]
     dtype, compute = hardware.set_up(recipe.model, this)
-    say(f"  {len(rows)} pairs, {len(validation)} for validation; {compute}")
-    config = RewardConfig(
-        **trainer_arguments(table, recipe.launch, this, recipe.seed), center_rewards_coefficient=table.center_coef
-    )
+    pairs = sum(len(row["pairs"]) for row in rows)
+    say(f"  {pairs} pairs on {len(rows)} prompts, {len(held_out)} for validation; {compute}")
     trainer = SoftRewardTrainer(
-        model=sequence_classifier(models.load(parent, dtype), recipe.seed),
-        args=config,
-        data_collator=PairCollator(tokenizer.pad_token_id),
+        model=position_scorer(models.load(parent, dtype), recipe.seed),
+        args=RewardConfig(
+            **trainer_arguments(table, recipe.launch, this, recipe.seed), center_rewards_coefficient=table.center_coef
+        ),
+        data_collator=collate,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=models.lora_config(table.lora_rank, table.lora_alpha, "SEQ_CLS") if table.tune == "lora" else None,
     )
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "reward")
-    scored = score_pairs(trainer.model, [to_ids(tokenizer, p) for p in validation], tokenizer.pad_token_id)
-    right = [float(chosen > rejected) for chosen, rejected in scored]
-    topics = [p.source.rsplit("/", 1)[-1] for p in validation]  # a question's pairs are one cluster
-    accuracy = stats.mean_interval(right, clusters=topics, resamples=recipe.evals.resamples, seed=recipe.seed)
+    scores = score_answers(trainer.model, held_out)
+    right = [float(s[w] > s[loser]) for s, row in zip(scores, held_out, strict=True) for w, loser in row["pairs"]]
+    questions = [i for i, row in enumerate(held_out) for _ in row["pairs"]]  # a question's pairs are one cluster
+    accuracy = stats.mean_interval(right, clusters=questions, resamples=recipe.evals.resamples, seed=recipe.seed)
     with whole_directory(this.model_dir) as folder:
-        trainer.model.save_pretrained(folder)
+        whole = trainer.model if table.tune == "lora" else sequence_classifier(trainer.model)
+        whole.save_pretrained(folder)
         models.save_head(folder, weight=head_of(trainer.model))
     say(f"  validation accuracy {accuracy}")
-    self_check(scored)
-    this.finish(metrics={"pairs": len(rows), "steps": steps, "validation_accuracy": accuracy.as_dict()})
+    self_check(scores)
+    metrics = {"pairs": pairs, "prompts": len(rows), "steps": steps, "validation_accuracy": accuracy.as_dict()}
+    this.finish(metrics=metrics)
 
 
-def to_ids(tokenizer: Any, preference: Preference) -> dict[str, Any]:
-    """A pair as token rows that end with the end token.
+def refuse_pad(tokenizer: Any, groups: list[list[Preference]]) -> None:
+    """A Hugging Face sequence classifier reads its score at the last token that is not padding, which text must not hold.
 
     Raises:
-        UserError: the text holds the pad token, at which a score could be read by mistake.
+        UserError: some text holds the pad token.
     """
-    prompt = chat.prompt_ids(tokenizer, chat.user(preference.prompt))
-    rows = {f"{side}_ids": prompt + chat.answer_ids(tokenizer, getattr(preference, side)) for side in ("chosen", "rejected")}
-    if any(tokenizer.pad_token_id in ids for ids in rows.values()):
-        raise UserError(f"the text holds {tokenizer.pad_token}", where=preference.source, fix="take the pad token out")
-    return {**rows, "probability": preference.probability}
+    for preference in (p for group in groups for p in group):
+        texts = (preference.prompt, preference.chosen, preference.rejected)
+        if any(tokenizer.pad_token in text for text in texts):
+            raise UserError(f"the text holds {tokenizer.pad_token}", where=preference.source, fix="take the pad token out")
 
 
-def sequence_classifier(model: Any, seed: int) -> Any:
-    """The decoder of a chat model under a fresh scalar head ~ N(0, 1/(d+1)) (Huang et al. 2024, arXiv 2403.17031)."""
+def longest(row: dict[str, Any]) -> int:
+    """Tokens of a prompt with the longest of its answers."""
+    return len(row["prompt_ids"]) + max(map(len, row["answer_ids"]))
+
+
+def position_scorer(model: Any, seed: int) -> Any:
+    """The decoder of a chat model under a fresh scalar head ~ N(0, 1/(d+1)) (Huang et al. 2024, arXiv 2403.17031).
+
+    As Hugging Face's token classifier it scores every position, so that many answers can stand in one row.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    head = torch.nn.Linear(model.config.hidden_size, 1, bias=False, dtype=model.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    head.weight.data.copy_(torch.randn(head.weight.shape, generator=generator) / (model.config.hidden_size + 1) ** 0.5)
+    return _under(AutoModelForTokenClassification, model, head, classifier_dropout=0.0)
+
+
+def sequence_classifier(scorer: Any) -> Any:
+    """The same decoder and head as the sequence classifier that users load: one score, at a row's last token."""
     from transformers import AutoModelForSequenceClassification
 
-    config = model.config.__class__.from_dict({**model.config.to_dict(), "num_labels": 1})
+    return _under(AutoModelForSequenceClassification, scorer, scorer.score)
+
+
+def _under(kind: Any, model: Any, head: torch.nn.Linear, **settings: Any) -> Any:
+    config = model.config.__class__.from_dict({**model.config.to_dict(), "num_labels": 1, **settings})
     with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config)
+        classifier = kind.from_config(config)
     setattr(classifier, classifier.base_model_prefix, model.get_decoder())
-    head = torch.nn.Linear(config.hidden_size, 1, bias=False, dtype=model.dtype)
-    generator = torch.Generator().manual_seed(seed)
-    head.weight.data.copy_(torch.randn(head.weight.shape, generator=generator) / (config.hidden_size + 1) ** 0.5)
     classifier.score = head
     return classifier
 
@@ -97,24 +117,27 @@ def head_of(model: Any) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def score_pairs(model: Any, rows: list[dict[str, Any]], pad_id: int, batch: int = 32) -> list[tuple[float, float]]:
-    """Scores of chosen and rejected for each pair."""
+def score_answers(model: Any, rows: list[dict[str, Any]], batch: int = 4) -> list[list[float]]:
+    """Scores of every answer of every prompt, ``batch`` prompts in a forward pass."""
     model.eval()
-    flat = [r[side] for r in rows for side in ("chosen_ids", "rejected_ids")]
-    order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
-    scores = [0.0] * len(flat)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        ids, mask = pad([flat[i] for i in chosen], pad_id)
-        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        for i, value in zip(chosen, logits.squeeze(-1).float().tolist(), strict=True):
-            scores[i] = value
-    return list(zip(scores[::2], scores[1::2], strict=True))
+    scores: list[list[float]] = []
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        forest = plant([[Item(row["prompt_ids"], row["answer_ids"]) for row in part]])
+        logits = model(
+            input_ids=forest.ids.to(model.device),
+            attention_mask=forest.additive(model.dtype).to(model.device),
+            position_ids=forest.positions.to(model.device),
+            use_cache=False,
+        ).logits
+        flat = iter(logits[forest.tip_row.to(model.device), forest.tip.to(model.device), 0].float().tolist())
+        scores += [[next(flat) for _ in row["answer_ids"]] for row in part]
+    return scores
 
 
-def self_check(scored: list[tuple[float, float]]) -> None:
+def self_check(scores: list[list[float]]) -> None:
     """Warn when every score is the same: the head is dead and PPO would climb nothing."""
-    values = [v for pair in random.Random(0).sample(scored, min(50, len(scored))) for v in pair]
+    values = [value for row in scores for value in row]
     if max(values) - min(values) < 1e-6:
         say("  [yellow]warning[/]: the preference model gives every answer the same score")
 

@@ -1,8 +1,11 @@
-"""TRL's RewardTrainer on rows that are already tokens, with soft labels (TRL drops such columns)."""
+"""TRL's RewardTrainer on prompts with all their pairs, with soft labels (TRL drops such columns).
+
+One row is a prompt with all its answers, as in Ouyang et al. 2022, section 3.5: each answer goes through the model once,
+however many pairs it is in, the prompt once for all answers, without padding (:mod:`truthward.branches`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,45 +13,44 @@ from torch import Tensor
 from trl import RewardTrainer
 
 from reward.losses import preference_loss
-from truthward.tensors import pad
+from truthward.trainers import plant_pairs
 
 
-@dataclass
-class PairCollator:
-    """Stacks chosen rows over rejected rows, padded on the right, so that a row's last real token is its end token.
-
-    The score is read there: the pooling of Hugging Face's sequence classifiers takes the last token that is not padding,
-    and no other token of a row equals the pad token (checked when the rows are made).
-    """
-
-    pad_id: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids, mask = pad([r["chosen_ids"] for r in rows] + [r["rejected_ids"] for r in rows], self.pad_id)
-        probability = torch.tensor([r["probability"] for r in rows], dtype=torch.float32)
-        return {"input_ids": ids, "attention_mask": mask.long(), "probability": probability}
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A micro-batch of prompts as one row of trees; ``tip``: the last token of each answer, where its score is read."""
+    forest, paired = plant_pairs(rows)
+    return paired | {
+        "input_ids": forest.ids,
+        "attention_mask": forest.additive(torch.float32),
+        "position_ids": forest.positions,
+        "tip": forest.tip,
+    }
 
 
 class SoftRewardTrainer(RewardTrainer):
-    """The preference loss of :mod:`reward.losses` on TRL's loop."""
+    """The preference loss of :mod:`reward.losses` on TRL's loop, for a model that scores every position."""
 
     model: Any
     args: Any
     _signature_columns: Any
 
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", "probability"]
+        self._signature_columns = ["prompt_ids", "answer_ids", "pairs", "probability"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        probability = inputs.pop("probability")
+        pairs, probability, weight, tip = (inputs.pop(k) for k in ("pairs", "probability", "weight", "tip"))
+        inputs["attention_mask"] = inputs["attention_mask"].to(self.model.dtype)
         outputs = model(**inputs, use_cache=False)
-        chosen_rewards, rejected_rewards = outputs.logits.squeeze(-1).float().chunk(2)
+        chosen_rewards, rejected_rewards = outputs.logits[0, tip, 0].float()[pairs].unbind(1)
         center = self.args.center_rewards_coefficient or 0.0
         loss = preference_loss(chosen_rewards, rejected_rewards, probability, center_coef=center)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, values in (("accuracy", loss.correct), ("margin", loss.margins), ("reward", chosen_rewards.detach())):
-            metrics[name].append(self.accelerator.gather(values.float()).mean().item())
-        mean = loss.losses.mean()
-        return (mean, outputs) if return_outputs else mean
+            metrics[name].append(self.accelerator.gather((values * weight).sum()).mean().item())
+        total = (loss.losses * weight).sum()
+        return (total, outputs) if return_outputs else total

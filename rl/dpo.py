@@ -16,18 +16,17 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from rl.losses import dpo_loss
-from truthward import chat, hardware, models
-from truthward.branches import Item, plant
+from truthward import hardware, models
+from truthward.branches import Item
 from truthward.console import progress, say
 from truthward.guard import check_start
 from truthward.ledger import Run
-from truthward.records import Preference, by_prompt, draw, read_preferences
+from truthward.records import by_prompt, draw, read_preferences
 from truthward.score import answer_sums
 from truthward.stage import main
 from truthward.tables import Recipe
-from truthward.tensors import token_logprobs
 from truthward.tracking import tracked
-from truthward.trainers import fit, refuse_long, trainer_arguments
+from truthward.trainers import fit, plant_pairs, refuse_long, scoring_head, to_row, trainer_arguments
 
 
 class SoftDpoTrainer(DPOTrainer):
@@ -53,8 +52,9 @@ class SoftDpoTrainer(DPOTrainer):
         ref, pairs, probability, weight = (inputs.pop(k) for k in ("ref_logprobs", "pairs", "probability", "weight"))
         target, branch = inputs.pop("target"), inputs.pop("branch")
         inputs["attention_mask"] = inputs["attention_mask"].to(self.model.dtype)
-        outputs = model(**inputs, use_cache=False)
-        logprobs = token_logprobs(outputs.logits[0], target)
+        with scoring_head(self.model, target):
+            outputs = model(**inputs, use_cache=False)
+        logprobs, _ = outputs.logits
         sums = torch.zeros_like(ref).index_add(0, branch, logprobs)
         chosen, rejected = pairs.unbind(1)
         loss = dpo_loss(sums[chosen], sums[rejected], ref[chosen], ref[rejected], probability, beta=self.beta)
@@ -78,17 +78,9 @@ class SoftDpoTrainer(DPOTrainer):
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A micro-batch of prompts as one row of trees.
-
-    ``weight`` is 1 / (prompts * pairs of the prompt), so that every prompt counts alike; it sums to 1.
-    """
-    forest = plant([[Item(r["prompt_ids"], r["answer_ids"]) for r in rows]])
-    pairs, weight, first = [], [], 0
-    for r in rows:
-        pairs += [[first + chosen, first + rejected] for chosen, rejected in r["pairs"]]
-        weight += [1 / (len(rows) * len(r["pairs"]))] * len(r["pairs"])
-        first += len(r["answer_ids"])
-    return {
+    """A micro-batch of prompts as one row of trees."""
+    forest, paired = plant_pairs(rows)
+    return paired | {
         "input_ids": forest.ids,
         "attention_mask": forest.additive(torch.float32),
         "position_ids": forest.positions,
@@ -96,20 +88,6 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "target": forest.target,
         "branch": forest.branch,
         "ref_logprobs": torch.tensor([value for r in rows for value in r["ref_logprobs"]]),
-        "pairs": torch.tensor(pairs),
-        "probability": torch.tensor([p for r in rows for p in r["probability"]]),
-        "weight": torch.tensor(weight),
-    }
-
-
-def to_row(tokenizer: Any, preferences: list[Preference]) -> dict[str, Any]:
-    """One prompt's preferences: its answers once each, and which of them make a pair."""
-    answers = list(dict.fromkeys(text for p in preferences for text in (p.chosen, p.rejected)))
-    return {
-        "prompt_ids": chat.prompt_ids(tokenizer, chat.user(preferences[0].prompt)),
-        "answer_ids": [chat.answer_ids(tokenizer, text) for text in answers],
-        "pairs": [[answers.index(p.chosen), answers.index(p.rejected)] for p in preferences],
-        "probability": [p.probability for p in preferences],
     }
 
 

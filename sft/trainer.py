@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer with the LM head applied only where a label counts.
+"""TRL's SFTTrainer with the LM head applied only where a label counts, and by chunks.
 
-TRL's fused head is made for GPUs and on a CPU costs more than plain logits at every position; a prompt's positions have
-no label, so cutting them away first halves the head's work and gives the same loss.
+TRL's fused head does so on GPUs with Triton. Elsewhere it makes logits at every position, and makes them again for the
+gradient; there is no setting for it. Packing without padding is TRL's own.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from trl import SFTTrainer
 
 from truthward.errors import UserError
+from truthward.trainers import scoring_head
 
 IGNORE = -100
 
@@ -38,17 +38,25 @@ class LeanSftTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels = inputs.pop("labels")[:, 1:]
-        keep = (labels != IGNORE).any(0).nonzero().squeeze(1)  # columns in which some row has a label
-        outputs = model(**inputs, use_cache=False, logits_to_keep=keep)
-        targets = labels[:, keep]
-        total = F.cross_entropy(
-            outputs.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
-        count = (targets != IGNORE).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = total / count.clamp(min=1)
+        columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # in which some row has a label
+        labels = labels[:, columns]
+        counts = labels != IGNORE
+        with scoring_head(self.model, labels[counts], counts):
+            outputs = model(**inputs, use_cache=False, logits_to_keep=columns)
+        logprobs, likeliest = outputs.logits
+        count = counts.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = -logprobs.sum() / count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        with torch.no_grad():
-            right = (outputs.logits.argmax(-1) == targets).sum() / (targets != IGNORE).sum().clamp(min=1)
-        self._metrics["train" if self.model.training else "eval"]["token_accuracy"].append(right.item())
+        seen = torch.stack([likeliest.sum(), counts.sum()]).unsqueeze(0)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["token_accuracy"].append(self.accelerator.gather(seen).sum(0).tolist())
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the share of all tokens since the last time that were the likeliest, however micro-batches cut them."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if seen := metrics.get("token_accuracy"):
+            right, count = map(sum, zip(*seen, strict=True))
+            metrics["token_accuracy"] = [right / count]
+        super().log(logs, start_time)

@@ -9,16 +9,16 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from rl.dpo import SoftDpoTrainer, collate, to_row
+from rl.dpo import SoftDpoTrainer, collate
 from truthward.branches import Item
 from truthward.errors import TrainingFault
 from truthward.ledger import Run, plan
 from truthward.models import lora_config
-from truthward.recipe import Dpo, Launch
 from truthward.records import Preference
 from truthward.score import answer_sums
+from truthward.tables import Dpo, Launch
 from truthward.tracking import read_metrics
-from truthward.trainers import trainer_arguments
+from truthward.trainers import to_row, trainer_arguments
 
 PROMPTS = [  # lengths of prompt and answers; pairs of answers; how sure each pair is
     ((9, 4, 6), [[0, 1]], [1.0]),

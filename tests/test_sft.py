@@ -12,7 +12,7 @@ from sft.trainer import IGNORE, LeanSftTrainer, require_labels
 from truthward.errors import UserError
 from truthward.ledger import Run
 from truthward.models import lora_config
-from truthward.recipe import Launch, Sft
+from truthward.tables import Launch, Sft
 from truthward.trainers import trainer_arguments
 
 LENGTHS = [(5, 3), (12, 1), (2, 9), (7, 6)]  # of prompt and answer
@@ -120,19 +120,18 @@ def test_the_step_is_the_gradient_of_the_plain_loss(sharp, tmp_path, rows, whole
     assert whole[1]["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-5)
 
 
-def test_token_accuracy_counts_labelled_tokens_alone(sharp, tmp_path, rows):
-    """A row whose three labels are the model's own greedy words, and one of nine labels."""
+@pytest.mark.parametrize("micro", [1, 2])
+def test_token_accuracy_is_a_share_of_the_steps_labelled_tokens(sharp, tmp_path, rows, micro):
+    """A row whose three labels are the model's own greedy words, and one of nine labels: not (1 + r/9) / 2 where apart."""
     model, _ = sharp
     first, third = rows[0], rows[2]
     for t in range(5, 8):
         logits = model(input_ids=torch.tensor([first["input_ids"][:t]])).logits[0, -1]
         first["input_ids"][t] = first["labels"][t] = logits.argmax().item()
-    trainer = build(sharp, tmp_path, [first, third], batch=2, micro=2)
-    trainer.compute_loss(trainer.model, trainer.data_collator([first, third]))
-    (accuracy,) = trainer._metrics["train"]["token_accuracy"]
     guessed = model(input_ids=torch.tensor([third["input_ids"]])).logits[0, :-1].argmax(-1)
     right = (guessed == torch.tensor(third["labels"])[1:]).sum().item()
-    assert accuracy == pytest.approx((3 + right) / 12)
+    _, logged = trained(build(sharp, tmp_path, [first, third], batch=2, micro=micro))
+    assert logged["token_accuracy"] == pytest.approx((3 + right) / 12)
 
 
 def test_fully_masked_rows_are_refused(rows):

@@ -4,7 +4,7 @@ A token attends to the prompt of its own tree and to its own branch, at the posi
 number equals that of scoring each (prompt, answer) by itself, while a prompt is computed once for all its answers and
 only positions that predict an answer's token pass through the LM head.
 
-Shapes: R rows, T positions, N answer tokens of all rows in order.
+Shapes: R rows, T positions, N answer tokens and A answers of all rows in order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Forest:
         row, source: ``[N]``: where the hidden state that predicts each answer token is.
         target: ``[N]``: the answer tokens.
         branch: ``[N]``: which answer (counted over all items) each token belongs to.
-        tip_row, tip: where the last token of each answer is, one for each answer.
+        tip_row, tip: ``[A]``: where each answer's last token is.
     """
 
     ids: Tensor
