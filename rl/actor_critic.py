@@ -1,14 +1,16 @@
-"""Policy, reference, value and reward as LoRA adapters and heads over one frozen base.
+"""Policy, reference, value and reward as one module over one frozen base.
 
-One module, so that one copy of the base is in memory and DDP or DeepSpeed see one model. The reference is the base with
-adapters off, or a frozen copy of the adapter that the policy started from.
+With ``tune = "lora"`` all four are LoRA adapters and heads, so one copy of the base is in memory; with ``tune = "full"``
+the policy has weights of its own and the rest shares the base. The reference is the base with adapters off, or a frozen
+copy of the adapter that the policy started from. DDP and DeepSpeed see one model.
 
-Shapes: B rows, T positions (prompt left-padded, answer right-padded), C answer positions, H hidden.
+Shapes: N answer tokens of a forest (:mod:`truthward.branches`), one after the other; K answers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,83 +21,108 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from truthward import models
-from truthward.tensors import positions, token_entropy, token_logprobs
-
-TRAINED = ("policy", "value")
+from truthward.branches import Forest
+from truthward.tensors import token_entropy, token_logprobs
 
 
 class PolicyOutput(NamedTuple):
-    """Log-probabilities and entropies of the answer tokens ``[B, C]``, at the sampling temperature, nats."""
+    """Log-probabilities of the answer tokens ``[N]``, nats, and the entropies there ``[N]`` where they were asked for."""
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
 
 
 class ActorCritic(nn.Module):
-    """Everything PPO evaluates, over one base.
+    """Everything PPO evaluates.
 
     Args:
         base: the frozen chat model.
-        reward: directory of the preference model (adapter and head) trained on the same base.
+        reward: directory of a preference model (adapter and head) trained on this base; None where others score.
         start: directory of the adapter that policy and reference begin with; None: the base itself.
-        rank, alpha: of the policy's LoRA when there is no ``start``.
+        critic: whether there is a value adapter and head.
+        full: the policy gets a copy of every weight (in fp32) instead of an adapter.
+        rank, alpha: of new adapters.
         temperature: of sampling; log-probabilities are scaled alike.
     """
 
-    def __init__(self, base: Any, reward: Path, start: Path | None, *, rank: int, alpha: int, temperature: float) -> None:
+    def __init__(
+        self,
+        base: Any,
+        reward: Path | None,
+        start: Path | None,
+        *,
+        critic: bool,
+        full: bool,
+        rank: int,
+        alpha: int,
+        temperature: float,
+    ) -> None:
         super().__init__()
-        config = _config(start) if start else models.lora_config(rank, alpha)
-        self.model: Any = get_peft_model(base, config, adapter_name="policy")
-        self.temperature = temperature
-        self.reference = "reference" if start else None
+        self.temperature, self.dtype = temperature, base.dtype
+        self.policy: Any = _copy(base, start) if full else None
+        self.model: Any = base.requires_grad_(False)
+        self._adapters: dict[str, list[nn.Parameter]] = {}
+        new = models.lora_config(rank, alpha)
+        if not full:
+            self._add("policy", start, new)
         if start:
-            self.model.add_adapter("reference", _config(start))
-            for name in ("policy", "reference"):
-                _load(self.model, start, name)
-        for name in ("reward", "value"):  # the critic begins as the preference model (Huang et al. 2024)
-            self.model.add_adapter(name, _config(reward))
-            _load(self.model, reward, name)
-        hidden = base.config.hidden_size
-        self.reward_head = nn.Linear(hidden, 1, bias=False)
-        self.reward_head.weight.data.copy_(models.load_head(reward)["weight"])
-        self.reward_head.requires_grad_(False)
-        self.value_head = nn.Linear(hidden, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self._adapters = {
-            name: [p for n, p in self.model.named_parameters() if f".{name}." in n]
-            for name in ("policy", "value", "reward", "reference")
-        }
-        for parameters in self._adapters.values():
-            for p in parameters:
-                p.data = p.data.float()
+            self._add("reference", start, new)
+        if reward:
+            self._add("reward", reward, new)
+            self.reward_head = nn.Linear(base.config.hidden_size, 1, bias=False)
+            self.reward_head.weight.data.copy_(models.load_head(reward)["weight"])
+            self.reward_head.requires_grad_(False)
+        if critic:  # it begins as the preference model (Huang et al. 2024, arXiv 2403.17031), and with values of 0
+            self._add("value", reward, new)
+            self.value_head = nn.Linear(base.config.hidden_size, 1)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
         self._settle()
 
-    def forward(self, task: str, ids: Tensor, mask: Tensor, answer: int) -> Any:
-        """One of ``policy``, ``reference`` (a :class:`PolicyOutput`), ``value`` (``[B, C]``) or ``reward`` (``[B]``).
+    def forward(self, task: str, forest: Forest, *, temperature: float | None = None, entropy: bool = False) -> Any:
+        """One of ``policy``, ``reference`` (a :class:`PolicyOutput`), ``value`` (``[N]``) or ``reward`` (``[K]``).
 
         Args:
-            ids, mask: ``[B, T]``; the last ``answer`` columns are the answer's.
-            answer: C.
+            forest: prompts with their answers, on this module's device.
+            temperature: of the log-probabilities, if not that of sampling.
+            entropy: whether the policy's entropies are wanted.
         """
-        adapter = self.reference if task == "reference" else task
-        hidden = self._hidden(adapter, ids, mask)
-        before = torch.arange(ids.shape[1] - answer - 1, ids.shape[1] - 1, device=ids.device)  # predicts each answer token
+        hidden = self._hidden(task, forest)
+        if task == "reward":  # at the last token, where the preference model was trained to give it
+            return self.reward_head(hidden[forest.tip_row, forest.tip].float()).squeeze(-1)
+        before = hidden[forest.row, forest.source]  # the state that predicts each answer token
         if task == "value":
-            return self.value_head(hidden[:, before].float()).squeeze(-1)
-        if task == "reward":
-            last = ids.shape[1] - 1 - mask.flip(1).long().argmax(1)
-            return self.reward_head(hidden[torch.arange(len(ids)), last].float()).squeeze(-1)
-        logits = self.model.get_base_model().get_output_embeddings()(hidden[:, before])
-        with torch.no_grad():
-            entropy = token_entropy(logits, self.temperature) if task == "policy" else torch.zeros(0)
-        return PolicyOutput(token_logprobs(logits, ids[:, -answer:], self.temperature), entropy)
+            return self.value_head(before.float()).squeeze(-1)
+        with self._precision(task):
+            logits = self._of(task).get_output_embeddings()(before)
+        heat = self.temperature if temperature is None else temperature
+        return PolicyOutput(token_logprobs(logits, forest.target, heat), token_entropy(logits, heat) if entropy else None)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of what PPO trains, from a fixed list rather than from what requires a gradient now."""
-        return {
-            n: p for n, p in self.named_parameters() if n.startswith("value_head") or any(f".{t}." in n for t in TRAINED)
-        }
+    def trainable(self, part: str) -> dict[str, nn.Parameter]:
+        """Name -> parameter of ``policy`` or ``value``, from a fixed list rather than from what requires a gradient now."""
+        own = {"policy": ("policy.",), "value": ("value_head.",)}[part]
+        return {n: p for n, p in self.named_parameters() if n.startswith(own) or f".{part}." in n}
+
+    def policy_shell(self) -> Any:
+        """The causal LM whose embeddings, norms and head the policy uses; its linear layers may be wrapped by adapters."""
+        return self._of("policy")
+
+    @torch.no_grad()
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's trained matrices as plain weights in the base's type: (module name, weight), made one by one."""
+        for name, module in self._of("policy").named_modules():
+            if self.policy is not None and isinstance(module, nn.Linear | nn.Embedding):
+                yield name, module.weight.to(self.dtype)
+            elif "policy" in getattr(module, "lora_A", {}):
+                weight = module.base_layer.weight
+                yield name, (weight.float() + module.get_delta_weight("policy").float()).to(weight.dtype)
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy: an adapter as peft does, or full weights."""
+        if self.policy is not None:
+            self.policy.save_pretrained(folder)
+        else:
+            self.save_adapter("policy", folder)
 
     def save_adapter(self, name: str, folder: Path) -> None:
         """Write one adapter as peft does, to be loaded under the name "default"."""
@@ -103,29 +130,72 @@ class ActorCritic(nn.Module):
         state = {n.replace(f".{name}.", "."): p for n, p in self.model.state_dict().items() if f".{name}." in n}
         save_file({n: p.detach().contiguous().cpu() for n, p in state.items()}, folder / "adapter_model.safetensors")
 
-    def _hidden(self, adapter: str | None, ids: Tensor, mask: Tensor) -> Tensor:
-        with self._using(adapter):
-            decoder = self.model.get_base_model().get_decoder()
-            return decoder(
-                input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
-            ).last_hidden_state
+    def save_critic(self, folder: Path) -> None:
+        """Write the value adapter and its head."""
+        self.save_adapter("value", folder)
+        models.save_head(folder, weight=self.value_head.weight, bias=self.value_head.bias)
+
+    def _add(self, name: str, source: Path | None, new: LoraConfig) -> None:
+        config = _config(source) if source else copy.copy(new)
+        if self._adapters:
+            self.model.add_adapter(name, config)
+        else:
+            self.model = get_peft_model(self.model, config, adapter_name=name)
+        if source:
+            _load(self.model, source, name)
+        self._adapters[name] = [p for n, p in self.model.named_parameters() if f".{name}." in n]
+        for p in self._adapters[name]:
+            p.data = p.data.float()
+
+    def _of(self, task: str) -> Any:
+        """The causal LM that does a task."""
+        if task == "policy" and self.policy is not None:
+            return self.policy
+        return self.model.get_base_model() if self._adapters else self.model
+
+    def _hidden(self, task: str, forest: Forest) -> Tensor:
+        with self._using(task), self._precision(task):
+            return (
+                self._of(task)
+                .get_decoder()(
+                    input_ids=forest.ids,
+                    attention_mask=forest.additive(self.dtype),
+                    position_ids=forest.positions,
+                    use_cache=False,
+                )
+                .last_hidden_state
+            )
+
+    def _precision(self, task: str) -> Any:
+        """A policy with weights of its own keeps them in fp32 and computes in the base's type."""
+        own = task == "policy" and self.policy is not None and self.dtype != torch.float32
+        return torch.autocast(self._of(task).device.type, self.dtype) if own else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _using(self, adapter: str | None) -> Iterator[None]:
-        if adapter is None:
-            with self.model.disable_adapter():
-                yield
-        else:
-            self.model.set_adapter(adapter)
+    def _using(self, task: str) -> Iterator[None]:
+        if not self._adapters or (task == "policy" and self.policy is not None):
+            yield
+            return
+        if task in self._adapters:
+            self.model.set_adapter(task)
             self._settle()
             yield
+        else:
+            with self.model.disable_adapter():
+                yield
         self._settle()
 
     def _settle(self) -> None:
         """peft turns gradients off for every adapter but the active one; put them where they belong."""
         for name, parameters in self._adapters.items():
             for p in parameters:
-                p.requires_grad_(name in TRAINED)
+                p.requires_grad_(name in ("policy", "value"))
+
+
+def _copy(base: Any, start: Path | None) -> Any:
+    """Every weight of the start, in fp32, to be trained."""
+    model = copy.deepcopy(base).float()
+    return (models.merge(model, start) if start else model).requires_grad_(True)
 
 
 def _config(adapter: Path) -> LoraConfig:

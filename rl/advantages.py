@@ -1,4 +1,4 @@
-"""From scores to advantages: the per-token reward, generalised advantage estimation, whitening.
+"""From scores to advantages: the per-token reward, four estimators of the advantage, whitening, the KL controller.
 
 Shapes: B rows, T answer tokens, padded on the right. Masks are bool, True counts.
 """
@@ -54,6 +54,38 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lamb
     return Advantages(advantages, advantages + values)
 
 
+def rloo(returns: Tensor, group: int) -> Tensor:
+    """``A_i = R_i - mean of the other answers' R`` (Ahmadian et al. 2024, arXiv 2402.14740, eq. 7).
+
+    Args:
+        returns: of whole answers ``[B]``, those to one prompt next to each other.
+        group: answers to each prompt, at least 2.
+
+    Returns:
+        advantages ``[B]``.
+    """
+    grouped = returns.view(-1, group)
+    return ((grouped - grouped.mean(1, keepdim=True)) * group / (group - 1)).flatten()
+
+
+def grpo(returns: Tensor, group: int) -> Tensor:
+    """``A_i = (R_i - mean) / (std + 1e-4)`` over the answers to a prompt (Shao et al. 2024, 2402.03300, section 4.1.2).
+
+    The sample's standard deviation, as in TRL; arguments as for :func:`rloo`.
+    """
+    grouped = returns.view(-1, group)
+    return ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def dr_grpo(returns: Tensor, group: int) -> Tensor:
+    """``A_i = R_i - mean`` over the answers to a prompt: no prompt counts more for being nearly always right or wrong.
+
+    Liu et al. 2025, arXiv 2503.20783, section 3.2; arguments as for :func:`rloo`.
+    """
+    grouped = returns.view(-1, group)
+    return (grouped - grouped.mean(1, keepdim=True)).flatten()
+
+
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """``(x - mean) / sqrt(var + 1e-8)`` over the entries that count, population variance; 0 elsewhere."""
     count = mask.sum().clamp(min=1)
@@ -68,3 +100,17 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
     Schulman 2020, http://joschu.net/blog/kl-approx.html.
     """
     return torch.expm1(-log_ratio) + log_ratio
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, answers: int) -> float:
+    """``beta (1 + clip(KL/target - 1, -0.2, 0.2) n / horizon)`` (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
+
+    Args:
+        kl_coef: beta.
+        kl: measured KL(policy || reference) of an answer, nats (the sum over its tokens).
+        target: the KL to hold.
+        horizon: answers in which beta can change by a fifth of itself.
+        answers: n, since the last change.
+    """
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return kl_coef * (1 + error * answers / horizon)

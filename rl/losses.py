@@ -1,6 +1,8 @@
 """Losses of DPO and PPO as pure functions: tensors in, unreduced losses and detached metrics out.
 
-Shapes: B rows, T answer tokens. Masks are bool, True counts. Reduction is the caller's: divide by the global count.
+Shapes: B answers, T their tokens; N tokens of any shape, one after the other. Masks are bool, True counts. A reduction is
+a weight for every token: the loss of an optimizer step is ``sum(weights * losses)``, however the step is cut into
+micro-batches.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class DpoLoss(NamedTuple):
 
 
 class PpoLoss(NamedTuple):
-    """Unreduced losses ``[B, T]`` and detached metrics ``[B, T]``."""
+    """Unreduced losses ``[N]`` and detached metrics ``[N]``."""
 
     losses: Tensor
     ratio: Tensor
@@ -29,7 +31,7 @@ class PpoLoss(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """Unreduced losses ``[B, T]`` and where the clip was active ``[B, T]``."""
+    """Unreduced losses ``[N]`` and where the clip was active ``[N]``."""
 
     losses: Tensor
     clipped: Tensor
@@ -60,21 +62,103 @@ def dpo_loss(
     return DpoLoss(losses, chosen.detach(), rejected.detach())
 
 
-def ppo_loss(policy_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_range: float) -> PpoLoss:
+# ---------------------------------------------------------------------------------------------------- the policy's loss
+
+
+def ppo_loss(log_ratio: Tensor, advantages: Tensor, *, clip_range: float) -> PpoLoss:
     """``max(-A r, -A clip(r, 1-e, 1+e))`` with ``r = pi/old`` (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
 
     Args:
-        policy_logprobs, old_logprobs: of the sampled tokens, at the sampling temperature ``[B, T]``.
-        advantages: ``[B, T]``, no gradient.
+        log_ratio: log pi - log old of the sampled tokens, at the sampling temperature ``[N]``.
+        advantages: ``[N]``, no gradient.
         clip_range: e.
     """
-    ratio = (policy_logprobs - old_logprobs).exp()
+    ratio = log_ratio.exp()
     free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     return PpoLoss(torch.maximum(free, held), ratio.detach(), (held > free).detach())
 
 
+def dual_clip(losses: Tensor, advantages: Tensor, *, bound: float) -> Tensor:
+    """``min(loss, c |A|)`` where A < 0: no huge ratio on a bad token (Ye et al. 2020, arXiv 1912.09729, eq. 6).
+
+    Args:
+        losses, advantages: of :func:`ppo_loss` ``[N]``.
+        bound: c, above 1.
+    """
+    return torch.where(advantages < 0, torch.minimum(losses, -bound * advantages), losses)
+
+
+def answer_log_ratio(log_ratio: Tensor, answer: Tensor) -> Tensor:
+    """Each token's log-ratio replaced by its answer's: the sum over the answer's tokens, as RLOO clips it.
+
+    Args:
+        log_ratio: ``[N]``.
+        answer: which answer a token belongs to, from 0 ``[N]``.
+    """
+    return torch.zeros_like(log_ratio).index_add(0, answer, log_ratio)[answer]
+
+
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, *, cap: float) -> Tensor:
+    """``min(pi_old / pi_sampler, C)``, no gradient: corrects for a sampler that isn't quite the policy.
+
+    Truncated importance sampling (Ionides 2008, eq. 2; for RL's samplers Yao et al. 2025). Where a probability is not
+    finite the weight is 1.
+
+    Args:
+        old_logprobs, sampler_logprobs: by the trainer's forward and as sampled ``[N]``.
+        cap: C.
+    """
+    weights = (old_logprobs - sampler_logprobs).detach().exp().clamp(max=cap)
+    return torch.where(weights.isfinite(), weights, 1)
+
+
+# ------------------------------------------------------------------------------------------------- the KL in the loss
+
+
+def k2_loss(policy_logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """``sg(r) d^2 / 2`` with ``d = log pi - log ref``: its gradient is that of KL(pi || ref) (Liu et al. 2025, 2510.01555).
+
+    All ``[N]``. The ratio r = pi/old carries the expectation from the old policy's samples to the policy's own.
+    """
+    ratio = (policy_logprobs - old_logprobs).detach().exp()
+    return ratio * (policy_logprobs - ref_logprobs) ** 2 / 2
+
+
+def k3_loss(policy_logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """``r (exp(-d) + d - 1)`` with ``d = log pi - log ref`` and r = pi/old: its gradient is that of KL(pi || ref).
+
+    Without the ratio, as in Shao et al. 2024 (arXiv 2402.03300, eq. 4), the gradient would be the forward KL's. All ``[N]``.
+    """
+    log_ratio = policy_logprobs - ref_logprobs
+    return (policy_logprobs - old_logprobs).exp() * (torch.expm1(-log_ratio) + log_ratio)
+
+
+# -------------------------------------------------------------------------------------------------- the critic's loss
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float) -> ValueLoss:
-    """``0.5 max((v-R)^2, (clip(v, v_old-e, v_old+e)-R)^2)`` (Ziegler et al. 2019, arXiv 1909.08593; all ``[B, T]``)."""
+    """``0.5 max((v-R)^2, (clip(v, v_old-e, v_old+e)-R)^2)`` (Ziegler et al. 2019, arXiv 1909.08593; all ``[N]``)."""
     held = torch.minimum(torch.maximum(values, old_values - clip_range), old_values + clip_range)
     free_square, held_square = (values - returns) ** 2, (held - returns) ** 2
     return ValueLoss(0.5 * torch.maximum(free_square, held_square), (held_square > free_square).detach())
+
+
+# ---------------------------------------------------------------------------------------------------------- reductions
+
+
+def token_mean(mask: Tensor) -> Tensor:
+    """Every token counts alike: ``1 / tokens``. Weights ``[B, T]`` of the mask ``[B, T]`` of a whole optimizer step."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def sequence_mean(mask: Tensor) -> Tensor:
+    """Every answer counts alike, and within it every token (Shao et al. 2024, arXiv 2402.03300, eq. 3). ``[B, T]``."""
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) / mask.any(1).sum().clamp(min=1)
+
+
+def constant_mean(mask: Tensor, length: int) -> Tensor:
+    """``1 / (answers * length)``, whatever their lengths, so that long answers are not spared (Liu et al. 2025, Dr. GRPO).
+
+    arXiv 2503.20783, section 3.2. ``[B, T]``; ``length`` is the longest an answer can be.
+    """
+    return mask / (mask.any(1).sum().clamp(min=1) * length)

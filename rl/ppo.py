@@ -1,13 +1,13 @@
-"""``python -m rl.ppo RECIPE``: proximal policy optimisation against the preference model, a plain loop on Accelerate.
+"""``python -m rl.ppo RECIPE``: proximal policy optimisation (or RLOO, GRPO) against rewards, a plain loop on Accelerate.
 
 Each iteration: rollout -> score -> advantages -> update. The first ratio must be 1 and the first KL 0; the run asserts
-both. Old log-probabilities are recomputed with the training forward, so what the sampler thought does not matter.
+both. Old log-probabilities are recomputed with the training forward; where the sampler's differ, a weight corrects for it.
+``docs/ppo.md`` explains every detail and metric.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,30 +15,35 @@ from torch import Tensor
 
 from rl import state
 from rl.actor_critic import ActorCritic
-from rl.advantages import Advantages, approximate_kl, gae, token_rewards, whiten
-from rl.losses import ppo_loss, value_loss
-from rl.rollout import Batch, Sampler, draw_seed
+from rl.advantages import (
+    Advantages,
+    adapted_kl_coef,
+    approximate_kl,
+    dr_grpo,
+    gae,
+    grpo,
+    rloo,
+    token_rewards,
+    whiten,
+)
+from rl.rewards import combine, open_sources, spread
+from rl.rollout import Batch, Sampler, draw_seed, prompt_order
+from rl.update import Learner, Scores, Targets
+from rl.work import Work
 from truthward import chat, hardware, models
+from truthward.branches import Item
 from truthward.console import progress, say
 from truthward.errors import UserError
-from truthward.guard import check_finite, check_start
+from truthward.guard import check_start
 from truthward.ledger import Run, whole_directory
-from truthward.recipe import Ppo, Recipe
-from truthward.records import Prompt, read_rows
+from truthward.records import Prompt, read_demonstrations, read_rows
 from truthward.stage import main
-from truthward.tensors import masked_mean, masked_sum
+from truthward.tables import Ppo, Recipe
+from truthward.tensors import masked_mean
 from truthward.tracking import Tracker, read_metrics, tracked
 from truthward.trainers import refuse_long
 
-
-class Scores(NamedTuple):
-    """What the models say of a rollout. ``[B]`` scores, ``[B, C]`` the rest; no gradients."""
-
-    scores: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    entropy: Tensor
+COMPARED = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}  # estimators that need no critic
 
 
 class PpoRun:
@@ -46,184 +51,163 @@ class PpoRun:
 
     def __init__(self, recipe: Recipe, this: Run) -> None:
         self.recipe, self.run, self.table = recipe, this, recipe.ppo
-        base, reward = this.parent("model"), this.parent("reward")
-        start = this.parent("start") if "start" in this.manifest["parents"] else None
+        table, parents, base = recipe.ppo, this.manifest["parents"], this.parent("model")
         self.tokenizer = models.load_tokenizer(base)
-        self.prompts = [chat.prompt_ids(self.tokenizer, chat.user(p.prompt)) for p in read_rows(self.table.prompts, Prompt)]
-        refuse_long([len(p) for p in self.prompts], self.table.max_prompt_tokens, "prompts", "ppo.max_prompt_tokens")
+        self.texts = [p.prompt for p in read_rows(table.prompts, Prompt)]
+        self.prompts = [chat.prompt_ids(self.tokenizer, chat.user(text)) for text in self.texts]
+        refuse_long([len(p) for p in self.prompts], table.max_prompt_tokens, "prompts", "ppo.max_prompt_tokens")
+        ptx = _demonstrations(self.tokenizer, table.ptx_data)
         self.dtype, compute = hardware.set_up(recipe.model, this)
-        say(f"  {len(self.prompts)} prompts, {self.table.rollouts} rollouts an iteration; {compute}")
+        say(f"  {len(self.prompts)} prompts, {table.rollouts} rollouts an iteration; {compute}")
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.sources = open_sources(table.rewards, self.dtype, self.accelerator.device)
         actor_critic = ActorCritic(
             models.load(base, self.dtype),
-            reward.model_dir,
-            start.model_dir if start else None,
-            rank=self.table.lora_rank,
-            alpha=self.table.lora_alpha,
-            temperature=self.table.temperature,
+            this.parent("reward").model_dir if "reward" in parents else None,
+            this.parent("start").model_dir if "start" in parents else None,
+            critic=table.advantage == "gae",
+            full=table.tune == "full",
+            rank=table.lora_rank,
+            alpha=table.lora_alpha,
+            temperature=table.temperature,
         )
-        self.trainable = actor_critic.trainable()
-        self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=self.table.learning_rate, eps=1e-5, weight_decay=0.0)
-        self.progress = state.load(this, self.trainable, self.optimizer)
+        parts = [part for part in (actor_critic.trainable("policy"), actor_critic.trainable("value")) if part]
+        self.trainable = {name: parameter for part in parts for name, parameter in part.items()}
+        groups = [{"params": list(part.values())} for part in parts]
+        optimizer = torch.optim.AdamW(groups, lr=table.learning_rate, eps=1e-5, weight_decay=0.0)
+        self.progress = state.load(this, self.trainable, optimizer, state.Progress(kl_coef=table.kl_coef))
         self.sampler = Sampler(
-            actor_critic.model,
+            actor_critic,
             self.tokenizer,
-            max_new_tokens=self.table.max_new_tokens,
-            temperature=self.table.temperature,
+            max_new_tokens=table.max_new_tokens,
+            temperature=table.temperature,
+            precision=table.sampler,
         )
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.actor_critic, self.optimizer = self.accelerator.prepare(actor_critic, self.optimizer)
+        critic, scored = table.advantage == "gae", "reward" in parents
+        self.work = Work(actor_critic.policy_shell(), self.dtype, full=table.tune == "full", critic=critic, scored=scored)
+        self.actor_critic, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
         self.actor_critic.train()  # there is no dropout: training and sampling are the same function
+        self.learner = Learner(self, ptx)
 
     def iterate(self, bar: Any) -> dict[str, Any]:
         """One iteration; returns its metrics."""
-        times, clock = {}, time.perf_counter()
-
-        def lap(name: str) -> None:
-            nonlocal clock
-            times[f"seconds/{name}"], clock = time.perf_counter() - clock, time.perf_counter()
-
+        self.work.begin()
         batch = self.rollout(bar)
-        lap("rollout")
+        self.work.lap("rollout", self.work.rollout(batch))
         scores = self.score(batch)
-        lap("score")
+        self.work.lap("score", self.work.score(batch))
         targets, metrics = self.advantages(batch, scores)
-        metrics |= self.update(batch, scores, targets)
-        lap("update")
+        metrics |= self.learner.update(batch, scores, targets, self.progress)
+        self.work.lap("update", self.work.update(batch, metrics["steps"] / self.table.minibatches))
+        if self.table.kl_target:
+            answer_kl = metrics["kl/answer"]
+            self.progress.kl_coef = adapted_kl_coef(
+                self.progress.kl_coef,
+                answer_kl,
+                target=self.table.kl_target,
+                horizon=self.table.kl_horizon,
+                answers=len(batch.answers),
+            )
         self.progress.iteration += 1
-        return {**metrics, **times}
+        return {**metrics, **self.work.metrics}
 
     def rollout(self, bar: Any) -> Batch:
-        """Sample answers to this iteration's prompts, each with a seed of its own."""
-        iteration = self.progress.iteration
-        rows = prompt_order(len(self.prompts), iteration, self.table.rollouts, self.recipe.seed)
+        """Sample ``group_size`` answers to each of this iteration's prompts, each answer with a seed of its own."""
+        table, iteration, seed = self.table, self.progress.iteration, self.recipe.seed
+        chosen = prompt_order(len(self.prompts), iteration, table.rollouts // table.group_size, seed)
+        rows = [row for row in chosen for _ in range(table.group_size)]
         self.sampler.refresh()
-        seeds = [draw_seed(self.recipe.seed, iteration, k, row) for k, row in enumerate(rows)]
+        seeds = [draw_seed(seed, iteration, k, row) for k, row in enumerate(rows)]
         return self.sampler.sample([self.prompts[r] for r in rows], seeds, tick=bar)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
-        """Preference scores, policy and reference log-probabilities, and values, by the forward that training uses."""
-        pieces = []
-        for rows in torch.arange(len(batch.ids)).split(self.table.micro_batch_size):
-            ids, mask = self._rows(batch, rows)
-            policy = self.actor_critic("policy", ids, mask, batch.answer)
-            reference = self.actor_critic("reference", ids, mask, batch.answer)
-            value = self.actor_critic("value", ids, mask, batch.answer)
-            score = self.actor_critic("reward", ids, mask, batch.answer)
-            pieces.append(Scores(score, policy.logprobs, reference.logprobs, value, policy.entropy))
-        return Scores(*(torch.cat(parts).cpu() for parts in zip(*pieces, strict=True)))
+        """Scores of each reward, policy and reference log-probabilities, and values, by the forward that training uses."""
+        old, ref, values, entropy = torch.zeros(4, *batch.mask.shape)
+        preference: list[float] = []
+        for rows in torch.arange(len(batch.answers)).split(self.table.micro_batch_size):
+            forest, where = batch.forest(rows.tolist()).to(self.accelerator.device), batch.mask[rows]
+            policy = self.actor_critic("policy", forest, entropy=True)
+            found = {old: policy.logprobs, entropy: policy.entropy, ref: self.actor_critic("reference", forest).logprobs}
+            if self.table.advantage == "gae":
+                found[values] = self.actor_critic("value", forest)
+            for target, flat in found.items():
+                target[rows] = target[rows].masked_scatter(where, flat.cpu())
+            if "reward" in self.table.rewards:
+                preference += self.actor_critic("reward", forest).tolist()
+        texts = [self.texts[self.prompts.index(p)] for p in batch.prompts] if self.sources else []
+        answers = [chat.decode(self.tokenizer, ids) for ids in batch.answers] if self.sources else []
+        scores = {name: source(texts, answers, batch.answers) for name, source in self.sources.items()}
+        scores |= {"reward": preference}
+        return Scores([scores[name] for name in self.table.rewards], old, ref, values, entropy)
 
-    def advantages(self, batch: Batch, scores: Scores) -> tuple[Advantages, dict[str, float]]:
-        """Normalise scores by the first rollout's, take off the KL, and estimate whitened advantages."""
-        table, mask = self.table, batch.answer_mask
-        if self.progress.iteration == 0:
-            self.progress.score_mean, self.progress.score_std = scores.scores.mean().item(), scores.scores.std().item()
-        normal = (scores.scores - self.progress.score_mean) / max(self.progress.score_std, 1e-6)
-        normal = normal - table.truncation_penalty * (~batch.finished).float()
-        rewards = token_rewards(normal, scores.old_logprobs, scores.ref_logprobs, mask, kl_coef=table.kl_coef)
-        raw = gae(rewards, scores.values, mask, gamma=table.gamma, gae_lambda=table.gae_lambda)
-        lengths = mask.sum(1).float()
+    def advantages(self, batch: Batch, scores: Scores) -> tuple[Targets, dict[str, float]]:
+        """Normalise scores by the first rollout's, take off the KL, and estimate advantages."""
+        table, mask, at = self.table, batch.mask, self.progress
+        if at.iteration == 0:
+            at.score_means, at.score_deviations = spread(scores.scores)
+            self._check_first_kl(scores, mask)
+        weights = table.reward_weights or [1.0] * len(table.rewards)
+        normal = combine(
+            scores.scores, at.score_means, at.score_deviations, weights, hard=table.hard_rewards, clip=table.score_clip
+        )
+        total = truncated(normal, batch.finished, table.truncation, table.truncation_penalty)
+        beta = at.kl_coef if table.kl_form == "reward" else 0.0
+        rewards = token_rewards(total, scores.old_logprobs, scores.ref_logprobs, mask, kl_coef=beta)
+        trained = mask & batch.finished.unsqueeze(1) if table.truncation == "mask" else mask
+        if table.advantage == "gae":
+            raw = gae(rewards, scores.values, mask, gamma=table.gamma, gae_lambda=table.gae_lambda)
+            targets = Targets(whiten(raw.advantages, trained), raw.returns, trained)
+        else:
+            whole = COMPARED[table.advantage](rewards.sum(1), table.group_size)
+            raw = Advantages(whole.unsqueeze(1).expand(mask.shape), rewards)
+            targets = Targets(*raw, trained)
+        return targets, self._metrics(batch, scores, normal, raw)
+
+    def _check_first_kl(self, scores: Scores, mask: Tensor) -> None:
+        largest = torch.where(mask, (scores.old_logprobs - scores.ref_logprobs).abs(), 0).max().item()
+        close = 1e-6 if self.table.tune == "lora" else 1e-3  # merged weights against an adapter: rounding
+        tolerance = close if self.dtype == torch.float32 else 0.25
+        check_start("KL(policy || reference)", largest, 0.0, tolerance, self.run)
+
+    def _metrics(self, batch: Batch, scores: Scores, normal: Tensor, raw: Advantages) -> dict[str, float]:
+        mask, lengths = batch.mask, batch.mask.sum(1).float()
         log_ratio = scores.old_logprobs - scores.ref_logprobs
-        spread, missed = _variance(raw.returns, mask), _variance(raw.returns - scores.values, mask)
-        metrics = {
-            "score/raw": scores.scores.mean(),
+        gap = scores.old_logprobs - batch.sampler_logprobs
+        metrics = {f"score/{n}": torch.tensor(s).mean() for n, s in zip(self.table.rewards, scores.scores, strict=True)}
+        metrics |= {
             "score/normalised": normal.mean(),
+            "score/length_correlation": _correlation(normal, lengths),
             "kl/k1": masked_mean(log_ratio, mask),
             "kl/k3": masked_mean(approximate_kl(log_ratio), mask),
+            "kl/answer": torch.where(mask, log_ratio, 0).sum(1).mean(),
+            "kl/coef": torch.tensor(self.progress.kl_coef),
             "entropy": masked_mean(scores.entropy, mask),
             "answers/tokens": lengths.mean(),
             "answers/ended": batch.finished.float().mean(),
-            "sampler_gap": masked_mean((scores.old_logprobs - batch.sampler_logprobs).abs(), mask),
-            "value/explained": 1 - missed / spread.clamp(min=1e-8),
-            "score/length_correlation": _correlation(scores.scores, lengths),
+            "sampler_gap": masked_mean(gap.abs(), mask),
         }
-        if self.progress.iteration == 0:
-            largest = torch.where(mask, log_ratio.abs(), 0).max().item()
-            check_start("KL(policy || reference)", largest, 0.0, 1e-6 if self.dtype == torch.float32 else 0.25, self.run)
-        return Advantages(whiten(raw.advantages, mask), raw.returns), {k: v.item() for k, v in metrics.items()}
-
-    def update(self, batch: Batch, scores: Scores, targets: Advantages) -> dict[str, float]:
-        """Passes of minibatches; stops early when the policy has moved ``target_kl`` from where it sampled."""
-        table, totals, steps = self.table, _Means(), 0
-        size = len(batch.ids) // table.minibatches
-        for epoch in range(table.epochs):
-            generator = torch.Generator().manual_seed(draw_seed(self.recipe.seed, "pass", self.progress.iteration, epoch))
-            for rows in torch.randperm(len(batch.ids), generator=generator).split(size):
-                self._set_rate()
-                moved = self._minibatch(batch, scores, targets, rows, totals)
-                norm = self.accelerator.clip_grad_norm_(self.trainable.values(), table.max_grad_norm)
-                check_finite("gradient norm", float(norm), self.progress.step, self.run)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.progress.step += 1
-                steps += 1
-                totals.add("grad_norm", float(norm), 1)
-                if moved > table.target_kl:
-                    return {**totals.means(), "steps": steps, "stopped_early": 1.0}
-        return {**totals.means(), "steps": steps, "stopped_early": 0.0}
-
-    def _minibatch(self, batch: Batch, scores: Scores, targets: Advantages, rows: Tensor, totals: _Means) -> float:
-        """Gradients of one optimizer step; both losses are sums over tokens divided by the minibatch's token count."""
-        table, count = self.table, batch.answer_mask[rows].sum()
-        moved = 0.0
-        for micro in rows.split(table.micro_batch_size):
-            ids, full_mask = self._rows(batch, micro)
-            mask = batch.answer_mask[micro].to(ids.device)
-            old, advantages, returns, values = (
-                t[micro].to(ids.device) for t in (scores.old_logprobs, targets.advantages, targets.returns, scores.values)
-            )
-            policy = self.actor_critic("policy", ids, full_mask, batch.answer)
-            loss = ppo_loss(policy.logprobs, old, advantages, clip_range=table.clip_range)
-            policy_total = masked_sum(loss.losses, mask)
-            self.accelerator.backward(policy_total / count)
-            value = self.actor_critic("value", ids, full_mask, batch.answer)
-            critic = value_loss(value, values, returns, clip_range=table.value_clip_range)
-            value_total = masked_sum(critic.losses, mask)
-            self.accelerator.backward(table.value_coef * value_total / count)
-            if self.progress.step == 0:
-                off = torch.where(mask, (loss.ratio - 1).abs(), 0).max().item()
-                check_start("PPO's ratio", 1 + off, 1.0, 1e-5 if self.dtype == torch.float32 else 0.25, self.run)
-            kl = masked_sum(approximate_kl(old - policy.logprobs.detach()), mask).item()
-            moved += kl / count.item()
-            tokens = mask.sum().item()
-            totals.add("loss/policy", policy_total.item(), tokens)
-            totals.add("loss/value", value_total.item(), tokens)
-            totals.add("clipped", masked_sum(loss.clipped.float(), mask).item(), tokens)
-            totals.add("kl/old_new", kl, tokens)
-        return moved
-
-    def _rows(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return batch.ids[rows].to(self.accelerator.device), batch.mask[rows].to(self.accelerator.device)
-
-    def _set_rate(self) -> None:
-        total = self.table.iterations * self.table.epochs * self.table.minibatches
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.table.learning_rate * max(0.0, 1 - self.progress.step / total)
+        if self.table.advantage == "gae":
+            spread_, missed = _variance(raw.returns, mask), _variance(raw.returns - scores.values, mask)
+            metrics["value/explained"] = 1 - missed / spread_.clamp(min=1e-8)
+        else:
+            alike = normal.view(-1, self.table.group_size).std(1) < 1e-6
+            metrics["groups/alike"] = alike.float().mean()  # nothing is learned from these
+        return {name: value.item() for name, value in metrics.items()}
 
 
-class _Means:
-    """Token-weighted means over micro-batches: sums and counts, divided once."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, float] = {}
-
-    def add(self, name: str, total: float, count: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + total
-        self.counts[name] = self.counts.get(name, 0.0) + count
-
-    def means(self) -> dict[str, float]:
-        return {name: total / max(self.counts[name], 1) for name, total in self.sums.items()}
+def truncated(scores: Tensor, finished: Tensor, rule: str, penalty: float) -> Tensor:
+    """What an answer that does not end scores (Huang et al. 2024, arXiv 2403.17031, detail 4.1). All ``[B]``."""
+    if rule == "replace":
+        return torch.where(finished, scores, -penalty)
+    return scores - penalty * (~finished).float() if rule == "penalty" else scores
 
 
-def prompt_order(prompts: int, iteration: int, rollouts: int, seed: int) -> list[int]:
-    """Which prompts an iteration takes: a seeded shuffle of all, then the next shuffle; nothing is skipped."""
-    rows: list[int] = []
-    for position in range(iteration * rollouts, (iteration + 1) * rollouts):
-        epoch, offset = divmod(position, prompts)
-        generator = torch.Generator().manual_seed(draw_seed(seed, "prompts", epoch))
-        rows.append(int(torch.randperm(prompts, generator=generator)[offset]))
-    return rows
+def _demonstrations(tokenizer: Any, paths: list[str]) -> list[Item]:
+    """Each demonstration as its last answer to all that came before."""
+    rows = [[m.model_dump() for m in d.messages] for d in read_demonstrations(paths)] if paths else []
+    ids = chat.answer_ids
+    return [Item(chat.prompt_ids(tokenizer, row[:-1]), [ids(tokenizer, row[-1]["content"])]) for row in rows]
 
 
 def _variance(values: Tensor, mask: Tensor) -> Tensor:
@@ -257,13 +241,14 @@ def run(recipe: Recipe, this: Run) -> None:
         ppo = PpoRun(recipe, this)
         train(ppo, tracker, recipe.ppo)
         actor_critic = ppo.accelerator.unwrap_model(ppo.actor_critic)
-        for name, folder in (("value", this.path / "critic"), ("policy", this.model_dir)):
-            with whole_directory(folder) as target:
-                actor_critic.save_adapter(name, target)
-                if name == "value":
-                    models.save_head(target, weight=actor_critic.value_head.weight, bias=actor_critic.value_head.bias)
+        if recipe.ppo.advantage == "gae":
+            with whole_directory(this.path / "critic") as folder:
+                actor_critic.save_critic(folder)
+        with whole_directory(this.model_dir) as folder:
+            actor_critic.save_policy(folder)
     rows = read_metrics(this)
-    keep = ("score/raw", "score/normalised", "kl/k3", "entropy", "answers/tokens", "answers/ended")
+    scores = [f"score/{name}" for name in recipe.ppo.rewards]
+    keep = (*scores, "score/normalised", "kl/k3", "entropy", "answers/tokens", "answers/ended")
     this.finish(metrics={"first": {k: rows[0][k] for k in keep}, "last": {k: rows[-1][k] for k in keep}})
 
 

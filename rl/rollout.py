@@ -14,44 +14,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from truthward.branches import Forest, Item, plant
 from truthward.generate import Completion, generate
+from truthward.score import ROW_TOKENS
 from truthward.tensors import pad
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sampled answers. ``prompt | answer``: left-padded prompts, right-padded answers.
+    """Sampled answers.
 
     Attributes:
-        ids, mask: ``[B, T]``.
-        answer_mask: tokens of the answer, the end token included ``[B, C]``.
+        prompts, answers: token ids, B of each; an answer that ended holds its end token.
+        mask: which answer tokens there are ``[B, C]``.
         sampler_logprobs: as sampled, 0 at padding ``[B, C]``.
         finished: the answer ended by itself ``[B]``.
     """
 
-    ids: Tensor
+    prompts: list[list[int]]
+    answers: list[list[int]]
     mask: Tensor
-    answer_mask: Tensor
     sampler_logprobs: Tensor
     finished: Tensor
 
     @property
-    def answer(self) -> int:
-        return self.answer_mask.shape[1]
+    def answer_tokens(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Of answers and prompts, a prompt counted once for neighbours that share it."""
+        pairs = zip(self.prompts, [[], *self.prompts], strict=False)
+        return self.answer_tokens + sum(len(prompt) for prompt, before in pairs if prompt != before)
+
+    def forest(self, rows: list[int]) -> Forest:
+        """Some answers laid out for a forward pass without padding; neighbours with the same prompt share it.
+
+        The forest's tokens are in the order of ``mask[rows]``.
+        """
+        items: list[Item] = []
+        for row in rows:
+            answer, last = self.answers[row], items[-1] if items else Item([], [])
+            if last.prompt == self.prompts[row] and last.length + len(answer) <= ROW_TOKENS:
+                last.answers.append(answer)
+            else:
+                items.append(Item(self.prompts[row], [answer]))
+        filled: list[list[Item]] = [[]]
+        for item in items:
+            if filled[-1] and sum(i.length for i in filled[-1]) + item.length > ROW_TOKENS:
+                filled.append([])
+            filled[-1].append(item)
+        return plant(filled)
 
 
 class Sampler:
     """A chat model that holds the policy merged into plain weights."""
 
-    def __init__(self, peft_model: Any, tokenizer: Any, *, max_new_tokens: int, temperature: float) -> None:
-        base = peft_model.get_base_model()
-        self.peft_model, self.tokenizer = peft_model, tokenizer
+    def __init__(self, actor_critic: Any, tokenizer: Any, *, max_new_tokens: int, temperature: float, precision: str) -> None:
+        self.actor_critic, self.tokenizer = actor_critic, tokenizer
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        base = actor_critic.policy_shell()
         with torch.device("meta"):
             self.model = type(base)(base.config)
         shared = {n.replace(".base_layer", ""): t for n, t in base.state_dict().items() if ".lora_" not in n}
-        self.adapted = {n: m for n, m in base.named_modules() if hasattr(m, "base_layer") and "policy" in m.lora_A}
-        own = {f"{n}.weight": torch.empty_like(m.base_layer.weight) for n, m in self.adapted.items()}
+        own = {f"{n}.weight": t for n, t in actor_critic.policy_weights()}
         self.model.load_state_dict({**shared, **own}, assign=True)
         self.model.tie_weights()
         self.model.model.rotary_emb = base.model.rotary_emb  # its frequencies are not in the state
@@ -60,10 +86,8 @@ class Sampler:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the policy's current weights."""
-        for name, module in self.adapted.items():
-            weight = module.base_layer.weight
-            target = self.model.get_submodule(name).weight
-            target.copy_((weight.float() + module.get_delta_weight("policy").float()).to(weight.dtype))
+        for name, weight in self.actor_critic.policy_weights():
+            self.model.get_submodule(name).weight.copy_(weight)
 
     def sample(self, prompts: list[list[int]], seeds: list[int], tick: Callable[[int], None] = lambda n: None) -> Batch:
         """One answer for each prompt."""
@@ -77,23 +101,25 @@ class Sampler:
             temperature=self.temperature,
             tick=tick,
         )
-        return collate(prompts, completions, self.tokenizer.pad_token_id)
+        return collate(prompts, completions)
 
 
-def collate(prompts: list[list[int]], completions: list[Completion], pad_id: int) -> Batch:
-    """Stack prompts and answers. Masks go by length, never by token id, so a pad that equals the end token is harmless."""
-    prompt_ids, prompt_mask = pad(prompts, pad_id, side="left")
-    answer_ids, answer_mask = pad([c.ids for c in completions], pad_id)
-    logprobs = torch.zeros(answer_ids.shape)
-    for i, completion in enumerate(completions):
-        logprobs[i, : len(completion.ids)] = torch.tensor(completion.logprobs)
-    return Batch(
-        torch.cat([prompt_ids, answer_ids], 1),
-        torch.cat([prompt_mask, answer_mask], 1),
-        answer_mask,
-        logprobs,
-        torch.tensor([c.finished for c in completions]),
-    )
+def collate(prompts: list[list[int]], completions: list[Completion]) -> Batch:
+    """Stack answers. Masks go by length, never by token id, so a pad that equals the end token is harmless."""
+    _, mask = pad([c.ids for c in completions], 0)
+    logprobs = torch.zeros(mask.shape)
+    logprobs[mask] = torch.tensor([p for c in completions for p in c.logprobs])
+    return Batch(prompts, [c.ids for c in completions], mask, logprobs, torch.tensor([c.finished for c in completions]))
+
+
+def prompt_order(prompts: int, iteration: int, count: int, seed: int) -> list[int]:
+    """Which prompts an iteration takes: a seeded shuffle of all, then the next shuffle; nothing is skipped."""
+    rows: list[int] = []
+    for position in range(iteration * count, (iteration + 1) * count):
+        epoch, offset = divmod(position, prompts)
+        generator = torch.Generator().manual_seed(draw_seed(seed, "prompts", epoch))
+        rows.append(int(torch.randperm(prompts, generator=generator)[offset]))
+    return rows
 
 
 def draw_seed(*parts: int | str) -> int:

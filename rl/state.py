@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,12 +20,13 @@ from truthward.ledger import Run, whole_directory, write_json
 
 @dataclass
 class Progress:
-    """Where a run stands: iterations and optimizer steps done, and the score's normalisation (from the first rollout)."""
+    """Where a run stands: what is done, the weight of the KL, and each reward's normalisation (from the first rollout)."""
 
     iteration: int = 0
     step: int = 0
-    score_mean: float = 0.0
-    score_std: float = 0.0
+    kl_coef: float = 0.0
+    score_means: list[float] = field(default_factory=list)
+    score_deviations: list[float] = field(default_factory=list)
 
 
 def save(run: Run, progress: Progress, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -43,11 +44,11 @@ def save(run: Run, progress: Progress, trainable: dict[str, nn.Parameter], optim
         shutil.rmtree(old)
 
 
-def load(run: Run, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore the newest checkpoint into the parameters and the optimizer; a fresh start if there is none."""
+def load(run: Run, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fresh: Progress) -> Progress:
+    """Restore the newest checkpoint into the parameters and the optimizer; the fresh start if there is none."""
     found = sorted(p for p in (run.path / "checkpoints").glob("iteration-*") if (p / "progress.json").exists())
     if not found:
-        return Progress()
+        return fresh
     weights, moments = load_file(found[-1] / "weights.safetensors"), load_file(found[-1] / "optimizer.safetensors")
     with torch.no_grad():
         for name, parameter in trainable.items():

@@ -205,10 +205,18 @@ def _check_ppo(recipe: Recipe, where: str) -> None:
             where=f"{where}: ppo.reward_weights",
             fix="give one weight for each of ppo.rewards, or none",
         )
+    if len(set(table.rewards)) < len(table.rewards):
+        raise UserError("a reward is named twice", where=f"{where}: ppo.rewards", fix="name it once, with a weight")
     if 0 < table.dual_clip <= 1:
         raise UserError("it bounds ratios above 1", where=f"{where}: ppo.dual_clip", fix="3 is usual; 0 sets no bound")
     if (table.ptx_coef > 0) != bool(table.ptx_data):
         raise UserError("ptx_coef and ptx_data go together", where=f"{where}: ppo.ptx_coef", fix="give both, or neither")
+    if "ppo" in recipe.stages and "reward" in table.rewards and recipe.reward.tune != "lora":
+        raise UserError(
+            "PPO shares its base with the preference model, which must be an adapter for that",
+            where=f"{where}: reward.tune",
+            fix='set reward.tune = "lora", or name a folder with a sequence classifier in ppo.rewards',
+        )
     start = table.parent
     if "ppo" in recipe.stages and ppo_base(recipe) != start:
         stage = getattr(recipe, start, None)
@@ -221,6 +229,5 @@ def _check_ppo(recipe: Recipe, where: str) -> None:
 
 
 def ppo_base(recipe: Recipe) -> str:
-    """The stage whose frozen weights PPO's adapters share: the preference model's parent, where that is an adapter."""
-    shared = "reward" in recipe.ppo.rewards and recipe.reward.tune == "lora"
-    return recipe.reward.parent if shared else recipe.ppo.parent
+    """The stage whose frozen weights PPO's adapters share: the preference model's parent, if that scores."""
+    return recipe.reward.parent if "reward" in recipe.ppo.rewards else recipe.ppo.parent
