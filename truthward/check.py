@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 from pathlib import Path
@@ -35,6 +36,7 @@ def check(recipe: Recipe, where: str, *, brief: bool = False) -> None:
     """
     require_reasons(recipe, where)
     read_data(recipe)
+    check_rewards(recipe)
     planned = plan(recipe)
     leaks = leaked(recipe)
     if leaks:
@@ -74,10 +76,48 @@ def read_data(recipe: Recipe) -> None:
                 sources.append((stage, source, Question if Path(source).is_dir() else Preference))
     for path, kind in dict.fromkeys((path, kind) for stage, path, kind in sources if stage in recipe.stages):
         read_rows(path, kind)
-    if "sft" in recipe.stages:
-        read_demonstrations(recipe.sft.data)
+    for stage, paths in (("sft", recipe.sft.data), ("ppo", recipe.ppo.ptx_data)):
+        if stage in recipe.stages and paths:
+            read_demonstrations(paths)
     if "constitution" in recipe.stages:
         read_principles(recipe.constitution.principles)
+
+
+def check_rewards(recipe: Recipe) -> None:
+    """Every reward that PPO names is there: a function in its file, or a classifier in its folder. Nothing is imported.
+
+    Raises:
+        UserError: one is not. A hub id or a module can't be known to be wrong here.
+    """
+    for name in recipe.ppo.rewards if "ppo" in recipe.stages else []:
+        path, colon, function = name.rpartition(":")
+        if path.endswith(".py"):
+            names = _functions(Path(path))
+            if function not in names:
+                found = f"it has {', '.join(sorted(names)) or 'no functions'}" if Path(path).is_file() else "mend the path"
+                raise UserError(f"there is no function {function} in {path}", where="ppo.rewards", fix=found)
+        elif Path(name).is_dir() and name != "reward" and not (Path(name) / "config.json").is_file():
+            fix = "give the folder of a sequence classifier as save_pretrained writes it"
+            raise UserError(f"{name} holds no config.json", where="ppo.rewards", fix=fix)
+        elif name.endswith(".py"):
+            raise UserError(f"{name} names no function", where="ppo.rewards", fix=f"write {name}:function")
+
+
+def _functions(path: Path) -> set[str]:
+    """Names of what a Python file defines or imports at its top level."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return set()
+    except SyntaxError as error:
+        raise UserError(f"not valid Python: {error}", where=str(path), fix="mend the line it names") from error
+    bound = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            bound += [alias.asname or alias.name for alias in node.names]
+        elif isinstance(node, ast.Assign):
+            bound += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return set(bound)
 
 
 def _note_missing_reasons(recipe: Recipe) -> None:
@@ -100,9 +140,9 @@ def leaked(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 def _training_texts(recipe: Recipe) -> list[tuple[str, str]]:
     texts = []
-    if "sft" in recipe.stages:
-        for d in read_demonstrations(recipe.sft.data):
-            texts += [("sft.data", m.content) for m in d.messages if m.role == "user"]
+    for stage, key, paths in (("sft", "sft.data", recipe.sft.data), ("ppo", "ppo.ptx_data", recipe.ppo.ptx_data)):
+        for d in read_demonstrations(paths) if stage in recipe.stages and paths else []:
+            texts += [(key, m.content) for m in d.messages if m.role == "user"]
     for stage in ("reward", "dpo"):
         sources = getattr(recipe, stage).preferences if stage in recipe.stages else []
         for source in (s for s in sources if s != "constitution"):

@@ -120,6 +120,11 @@ def table(columns: Sequence[Any], rows: Iterable[Sequence[Any]], class_: str = "
     return tag("div", tag("table", join([tag("thead", head), tag("tbody", join(body))]), class_=class_), class_="wide")
 
 
+def note(words: Any) -> Html:
+    """A remark under what it is about."""
+    return tag("p", words, class_="note")
+
+
 def pairs(rows: Iterable[tuple[Any, Any]]) -> Html:
     """Names and their texts."""
     return tag("dl", join(join([tag("dt", name), tag("dd", value)], "") for name, value in rows))

@@ -17,6 +17,7 @@ from truthward.report.page import (
     figure,
     join,
     lines,
+    note,
     pairs,
     score,
     spoken,
@@ -24,31 +25,13 @@ from truthward.report.page import (
     tag,
     text,
 )
-from truthward.report.plots import curve_plot, truth_plot
+from truthward.report.plots import truth_plot
+from truthward.report.training import curves
 from truthward.report.view import Seen, View, cost, effect, headline
 from truthward.stats import mean_interval
-from truthward.tracking import read_metrics
 
 FLIPS = 12  # changed answers shown in each direction
 ROWS = 3  # constitution rows shown of each kind
-CURVES = {
-    "sft": (["loss"], "Cross-entropy of the answers' tokens, nats a token."),
-    "reward": (
-        ["loss", "accuracy", "margin"],
-        "On the pairs of each step: loss, share whose chosen answer scores higher, and by how much.",
-    ),
-    "dpo": (
-        ["loss", "rewards/accuracies", "rewards/margins"],
-        "Loss starts at ln 2 = 0.693. Implicit rewards are beta times the log-ratio to the parent; accuracy is the share of"
-        " pairs whose chosen answer has the higher one.",
-    ),
-    "ppo": (
-        ["score/normalised", "kl/k3", "entropy", "answers/tokens", "sampler_gap"],
-        "By iteration: score of the answers in units of the first iteration's spread, KL to the reference a token, entropy"
-        " a token, length in tokens, and the mean gap between the sampler's log-probabilities and those of training, which"
-        " should stay near 0.",
-    ),
-}
 EFFECT_WORDS = {"helped": "helped", "hurt": "hurt", "mixed": "cut both ways", "none": "no measurable difference"}
 METHOD = (
     "{n} questions of held-out topics ({bank}), scored by the probability of given answers. MC1: the best true answer is"
@@ -56,10 +39,6 @@ METHOD = (
     " the false answer that matches it in length and first word."
 )
 R = TypeVar("R", bound=Row)
-
-
-def _note(words: Any) -> Html:
-    return tag("p", words, class_="note")
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -131,14 +110,14 @@ def differences(view: View) -> Html:
                 rows.append([stage.name, other, *cells, len(compared["flipped"]), words])
     if not rows:
         return Html("")
-    note = (
+    words = (
         "Differences question by question with 95 % bootstrap intervals. Coloured where the interval leaves out zero."
         " A stage is said to have helped (or hurt) when at least one of its three intervals lies above (below) zero and none"
         " lies on the other side. The intervals are not corrected for the number of comparisons, and cover the draw of"
         " questions only."
     )
     columns = ["stage", "against", *METRICS.values(), "MC1 verdicts changed", "taken together"]
-    return join([table(columns, rows), _note(note)])
+    return join([table(columns, rows), note(words)])
 
 
 def topics(view: View) -> Html:
@@ -154,8 +133,8 @@ def topics(view: View) -> Html:
             cells = [part for m in METRICS for part in (score(before[m]), score(after[m]), difference(gains[m]))]
             rows.append([topic, before["mc1"]["n"], *cells])
     columns = ["topic", "n", *[c for label in METRICS.values() for c in (f"{label} base", final.name, "difference")]]
-    note = "A topic has few questions, so its intervals are wide; read single topics as hints."
-    return join([table(columns, rows, "dense"), _note(note)])
+    words = "A topic has few questions, so its intervals are wide; read single topics as hints."
+    return join([table(columns, rows, "dense"), note(words)])
 
 
 def _paired(view: View, before: dict[str, Any], after: dict[str, Any], topic: str) -> dict[str, dict[str, Any]]:
@@ -166,20 +145,6 @@ def _paired(view: View, before: dict[str, Any], after: dict[str, Any], topic: st
     resamples, seed = view.recipe.evals.resamples, view.recipe.seed
     gains = {m: [a[m] - b[m] for a, b in both] for m in METRICS}
     return {m: mean_interval(values, resamples=resamples, seed=seed).as_dict() for m, values in gains.items()}
-
-
-def curves(view: View) -> Html:
-    """Training curves of every trained stage that is complete."""
-    parts: list[Html] = []
-    for stage in view.stages:
-        if stage.name not in CURVES:
-            continue
-        keys, words = CURVES[stage.name]
-        svg = curve_plot(read_metrics(stage.seen.run), keys, f"curve-{stage.name}") if stage.seen.run else ""
-        parts.append(tag("h3", stage.name))
-        empty = "no metrics were recorded" if stage.seen.run else stage.state
-        parts.append(figure(svg, words) if svg else _note(f"No curves: {empty}."))
-    return join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------- answers
@@ -200,7 +165,7 @@ def samples(view: View) -> Html:
     for prompt, by_stage in answers.items():
         asked = join([spoken(prompt), tag("span", kinds[prompt], class_="where")], "")
         rows.append([asked, *[spoken(by_stage.get(name, "-")) for name in names]])
-    return join([_note("Most likely (greedy) answers, at most 64 tokens."), table(["prompt", *names], rows, "even")])
+    return join([note("Most likely (greedy) answers, at most 64 tokens."), table(["prompt", *names], rows, "even")])
 
 
 def flips(view: View) -> Html:
@@ -212,11 +177,11 @@ def flips(view: View) -> Html:
     bank: dict[str, Question] = {}
     with contextlib.suppress(UserError):
         bank = {q.id: q for q in read_rows(final.evals["bank"], Question)}
-    note = (
+    words = (
         "By MC1, which asks that the best true answer beat every false one. Shown is the answer that each model found"
         " likeliest of all; another true answer than the best may be among them."
     )
-    parts = [_note(note)]
+    parts = [note(words)]
     for better, words in ((True, "from wrong to right"), (False, "from right to wrong")):
         found = [row for row in compared["flipped"] if row["better"] is better]
         shown = _spread(found, FLIPS)
@@ -250,7 +215,7 @@ def constitution(view: View) -> Html:
     if stage is None:
         return Html("")
     if stage.seen.run is None:
-        return _note(f"No rows: {stage.state}.")
+        return note(f"No rows: {stage.state}.")
     folder = stage.seen.run.path
     revisions, preferences = _rows(folder / "revisions.jsonl", Revision), _rows(folder / "preferences.jsonl", Preference)
     parts = [tag("p", headline(stage))] if headline(stage) else []
@@ -260,7 +225,7 @@ def constitution(view: View) -> Html:
         parts += [tag("h3", words), *map(_revision, shown)] if shown else []
     if preferences:
         parts += [tag("h3", "Preferences"), *map(_preference, _spread(preferences, ROWS))]
-    return join(parts) if revisions or preferences else join([*parts, _note("No rows were made.")])
+    return join(parts) if revisions or preferences else join([*parts, note("No rows were made.")])
 
 
 def _judge(record: dict[str, Any]) -> list[Html]:
@@ -318,9 +283,9 @@ def whys(view: View) -> Html:
         reason = tidy(s.reason) if s.reason else tag("span", "no reason given", class_="bad")
         rows.append([tag("code", key), _value(s.value), _value(s.default), reason])
     if not rows:
-        return _note("Every value is the default.")
-    note = "Values that differ from the default or that were explained; all others are defaults."
-    return join([_note(note), table(["key", "value", "default", "reason"], rows)])
+        return note("Every value is the default.")
+    words = "Values that differ from the default or that were explained; all others are defaults."
+    return join([note(words), table(["key", "value", "default", "reason"], rows)])
 
 
 def _value(value: Any) -> Html:
