@@ -16,6 +16,7 @@ from reward.__main__ import head_of, longest, position_scorer, refuse_pad, score
 from reward.trainer import SoftRewardTrainer, collate
 from rl.actor_critic import ActorCritic
 from truthward import models
+from truthward.branches import Item, plant
 from truthward.errors import UserError
 from truthward.ledger import Run, plan
 from truthward.models import lora_config
@@ -241,20 +242,15 @@ def saved(reward_run):
     return model
 
 
-@pytest.mark.parametrize("side", ["right", "left", "prompt | answer"])
-def test_ppo_scores_as_the_classifier_does(reward_run, saved, side):
-    """Row 43: ActorCritic("reward"), by mask and positions, equals the classifier on the row alone, for any padding."""
+def test_ppo_scores_as_the_classifier_does(reward_run, saved):
+    """Row 43: ActorCritic("reward"), on rows of one to three trees, equals the classifier on each answer alone."""
     base = models.load(reward_run.parent("model"))
-    actor_critic = ActorCritic(base, reward_run.model_dir, None, rank=2, alpha=4, temperature=1.0)
-    rows = flat(prompts())
-    if side == "prompt | answer":
-        parts = pad([r[:2] for r in rows], 0, "left", length=5), pad([r[2:] for r in rows], 0, length=33)
-        ids, mask = (torch.cat(both, 1) for both in zip(*parts, strict=True))
-    else:
-        ids, mask = pad(rows, 0, side, length=35)
+    settings = {"critic": False, "full": False, "rank": 2, "alpha": 4, "temperature": 1.0}
+    actor_critic = ActorCritic(base, reward_run.model_dir, None, **settings)
+    first, *others = [Item(row["prompt_ids"], row["answer_ids"]) for row in prompts()]
     with torch.no_grad():
-        got = actor_critic("reward", ids, mask, 1).tolist()
-        expected = [saved(input_ids=torch.tensor([r])).logits.item() for r in rows]
+        got = actor_critic("reward", plant([[first], others])).tolist()
+        expected = [saved(input_ids=torch.tensor([ids])).logits.item() for ids in flat(prompts())]
     assert got == pytest.approx(expected, abs=1e-4)
     assert max(got) - min(got) > 0.1
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from sft.trainer import IGNORE, LeanSftTrainer, require_labels
+from truthward import trainers
 from truthward.errors import UserError
 from truthward.ledger import Run
 from truthward.models import lora_config
@@ -132,6 +133,45 @@ def test_token_accuracy_is_a_share_of_the_steps_labelled_tokens(sharp, tmp_path,
     right = (guessed == torch.tensor(third["labels"])[1:]).sum().item()
     _, logged = trained(build(sharp, tmp_path, [first, third], batch=2, micro=micro))
     assert logged["token_accuracy"] == pytest.approx((3 + right) / 12)
+
+
+# ------------------------------------------------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_the_head_by_chunks_is_the_plain_head(monkeypatch, trained, chunk):
+    """log softmax, and the gradients of a weighted sum by states, weight and bias, against torch's own."""
+    monkeypatch.setattr(trainers, "HEAD_TOKENS", chunk)
+    hidden, weight, bias, by = torch.randn(7, 5) * 2, torch.randn(11, 5), torch.randn(11), torch.randn(7)
+    target = torch.randint(0, 11, (7,))
+    sides = []
+    for _ in range(2):
+        sides.append([hidden.clone().requires_grad_(), *(x.clone().requires_grad_(trained) for x in (weight, bias))])
+    logits = torch.nn.functional.linear(*sides[0])
+    target[2] = logits[2].argmax()
+    plain = logits.log_softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
+    logprobs, likeliest = trainers.TokenLogprobs.apply(*sides[1], target)
+    torch.testing.assert_close(logprobs, plain)
+    assert likeliest.bool().tolist() == (logits.argmax(1) == target).tolist()
+    (plain * by).sum().backward()
+    (logprobs * by).sum().backward()
+    for expected, got in zip(*sides, strict=True):
+        assert (expected.grad is None) is (got.grad is None)
+        if expected.grad is not None:
+            torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_is_itself_again_after(sharp):
+    """Inside, log p of the targets; after, also after an error, logits as ever."""
+    model, ids = sharp[0], torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids).logits
+    with pytest.raises(ZeroDivisionError), trainers.scoring_head(model, ids[0, 1:], torch.tensor([[True, True, False]])):
+        logprobs, _ = model(input_ids=ids).logits
+        raise ZeroDivisionError
+    expected = before.log_softmax(-1)[0, [0, 1], ids[0, 1:]]
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_fully_masked_rows_are_refused(rows):
