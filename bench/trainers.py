@@ -2,7 +2,7 @@
 
 ``python bench/trainers.py runs/laptop/sft-… [stage …] [--steps 5] [--threads 2]``, in fp32. Each side trains in a process of
 its own by ``trainer.train()``, its data loading, optimizer and logging included; the processes take turns, one step each.
-Shown are medians, the peak resident memory, and the largest difference between the losses of any step.
+Shown are medians, the peak resident memory (and what it was before the first step), and how far the losses differ at most.
 
 TRL keeps its defaults but these: ``bf16=False`` and ``use_cpu=True`` (as on a CPU without bf16), no saving, each step
 logged, and the same LoRA and learning rate as ours. "without checkpointing" also turns its ``gradient_checkpointing`` off,
@@ -36,10 +36,10 @@ from truthward.trainers import to_row, trainer_arguments
 
 STAGES = {
     "sft": "16 demonstrations",
-    "reward": "16 pairs on 16 prompts",
-    "reward-all": "36 pairs on 4 prompts",
-    "dpo": "16 pairs on 16 prompts",
-    "dpo-all": "36 pairs on 4 prompts",
+    "reward": "8 pairs on 8 prompts",
+    "reward-all": "18 pairs on 2 prompts",
+    "dpo": "8 pairs on 8 prompts",
+    "dpo-all": "18 pairs on 2 prompts",
 }
 SIDES = ("TRL", "TRL without checkpointing", "ours")
 RATE = 2e-5
@@ -57,10 +57,10 @@ def demonstrations(tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
 def prompts(tokenizer: Any, stage: str) -> list[dict[str, Any]]:
     """Prompts with their pairs: one pair each, or, for ``-all``, every true answer with every false one."""
     every = stage.endswith("-all")
-    questions = read_rows("data/truth/train", Question)[:: 100 if every else 28]
+    questions = read_rows("data/truth/train", Question)[:: 200 if every else 56]
     groups = by_prompt(truth_preferences(questions, "bench", cross=every))
     alike = [group for group in groups if len(group) == len(groups[0])]  # so that the mean over pairs is that over prompts
-    return [to_row(tokenizer, group if every else group[:1]) for group in alike[: 4 if every else 16]]
+    return [to_row(tokenizer, group if every else group[:1]) for group in alike[: 2 if every else 8]]
 
 
 def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -91,23 +91,28 @@ def theirs(stage: str, run: Run, options: dict[str, Any]) -> Any:
 
     model, tokenizer, kind = models.load(run), models.load_tokenizer(run), stage.removesuffix("-all")
     lora = models.lora_config(16, 32, "SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
+    make: Any
+    config: Any
+    rows: list[dict[str, Any]]
     if kind == "sft":
         rows = [{"input_ids": ids, "completion_mask": [int(m) for m in mask]} for ids, mask in demonstrations(tokenizer)]
     else:
         rows = pairs(prompts(tokenizer, stage))
-    options |= {"per_device_train_batch_size": 4 if stage.endswith("-all") else 8}
+    options |= {"per_device_train_batch_size": 6 if stage.endswith("-all") else 8}
     options |= {"gradient_accumulation_steps": len(rows) // options["per_device_train_batch_size"]}
     if kind == "sft":
-        make, arguments = SFTTrainer, SFTConfig(**options)
+        make, config = SFTTrainer, SFTConfig
+        options |= {"completion_only_loss": True}  # what it does by itself with columns "prompt" and "completion"
     elif kind == "reward":
-        make, arguments, model = RewardTrainer, RewardConfig(**options), sequence_classifier(position_scorer(model, 0))
+        make, config, model = RewardTrainer, RewardConfig, sequence_classifier(position_scorer(model, 0))
         sides = ("chosen_ids", "rejected_ids")
         rows = [{side: row["prompt_ids"] + row[side] for side in sides} for row in rows]
     else:
-        make, arguments = DPOTrainer, DPOConfig(**options, precompute_ref_log_probs=True)
+        make, config = DPOTrainer, DPOConfig
+        options |= {"precompute_ref_log_probs": True}
         rows = [as_text(tokenizer, row) for row in rows]  # the one trainer that takes no tokens; it adds the end token
     data = Dataset.from_list(rows)
-    return make(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+    return make(model=model, args=config(**options), train_dataset=data, processing_class=tokenizer, peft_config=lora)
 
 
 def ours(stage: str, run: Run, options: dict[str, Any]) -> Any:
@@ -122,11 +127,12 @@ def ours(stage: str, run: Run, options: dict[str, Any]) -> Any:
     from sft.trainer import IGNORE, LeanSftTrainer
 
     model, tokenizer, kind = models.load(run), models.load_tokenizer(run), stage.removesuffix("-all")
-    micro = {"sft": 1, "reward": 8, "dpo": 8}[kind] if kind == stage else 4
+    micro = 1 if kind == "sft" else 2 if stage.endswith("-all") else 8
     table = Training(batch_size=micro, micro_batch_size=micro, learning_rate=RATE)
     options = trainer_arguments(table, Launch(), run, 0) | options
     lora = models.lora_config(16, 32, "SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
     given = {"processing_class": tokenizer, "peft_config": lora}
+    rows: list[dict[str, Any]]
     if kind == "sft":
         rows = [
             {"input_ids": ids, "labels": [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]}
@@ -156,7 +162,8 @@ class _Turns(TrainerCallback):
     """Waits for a line before each step and reports its seconds and loss after."""
 
     def _wait(self) -> None:
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            sys.exit("the comparison stopped")
         self.start = time.perf_counter()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -164,13 +171,14 @@ class _Turns(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            tell(seconds=time.perf_counter() - self.start, loss=logs["loss"], peak=peak)
+            tell(seconds=time.perf_counter() - self.start, loss=logs["loss"])
             if state.global_step < state.max_steps:
                 self._wait()
 
 
 def tell(**values: float) -> None:
+    """Report to the process that compares, with the peak resident memory so far (GB)."""
+    values["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print("@" + json.dumps(values), flush=True)
 
 
@@ -213,11 +221,11 @@ def compare(stage: str, run_dir: str, steps: int, threads: int) -> None:
         "--threads",
         str(threads),
     ]
-    processes = {}
+    processes, built = {}, {}
     for side in SIDES:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes[side] = subprocess.Popen([*command, "--side", side], **pipes)
-        answer(processes[side])  # built before the next begins
+        built[side] = answer(processes[side])["peak"]  # before the next begins
     seen: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(steps + 1):
         for side, process in processes.items():
@@ -231,7 +239,8 @@ def compare(stage: str, run_dir: str, steps: int, threads: int) -> None:
     for side in SIDES:
         speed, memory = seconds[side] / seconds["ours"], peaks[side] / peaks["ours"]
         loss = f"{seen[side][0]['loss']:.6f}"
-        print(f"| {stage} | {side} | {seconds[side]:.2f} | {speed:.2f} | {peaks[side]:.2f} | {memory:.2f} | {loss} |")
+        gigabytes = f"{peaks[side]:.2f} | {built[side]:.2f}"
+        print(f"| {stage} | {side} | {seconds[side]:.2f} | {speed:.2f} | {gigabytes} | {memory:.2f} | {loss} |")
     print(f"  {stage}: {STAGES[stage]} a step; the losses of {steps + 1} steps differ by at most {gap:.1e}", flush=True)
 
 
@@ -258,7 +267,7 @@ def main() -> None:
     if options.side:
         return work(options.run, options.stages[0], options.side, options.steps, options.threads)
     print(f"torch {torch.__version__}, fp32, {options.threads} threads, {hardware.measure_dtypes()} GFLOP/s")
-    print("| stage | side | s a step | to ours | peak GB | to ours | first loss |\n|---|---|---|---|---|---|---|")
+    print("| stage | side | s a step | to ours | peak GB | as built | to ours | first loss |\n" + "|---" * 8 + "|")
     for stage in options.stages or STAGES:
         compare(stage, options.run, options.steps, options.threads)
 

@@ -51,7 +51,7 @@ def run(recipe: Recipe, this: Run) -> None:
         steps = fit(trainer, tracker, "reward")
     scores = score_answers(trainer.model, held_out)
     right = [float(s[w] > s[loser]) for s, row in zip(scores, held_out, strict=True) for w, loser in row["pairs"]]
-    questions = [i for i, row in enumerate(held_out) for _ in row["pairs"]]  # a question's pairs are one cluster
+    questions = [p.source for group in validation for p in group]  # a question's pairs are one cluster
     accuracy = stats.mean_interval(right, clusters=questions, resamples=recipe.evals.resamples, seed=recipe.seed)
     with whole_directory(this.model_dir) as folder:
         whole = trainer.model if table.tune == "lora" else sequence_classifier(trainer.model)
