@@ -52,6 +52,7 @@ def test_the_layout_by_hand():
     assert forest.source.tolist() == [1, 1, 3]  # the prompt's last token predicts both answers' first
     assert forest.target.tolist() == [7, 8, 9]
     assert forest.branch.tolist() == [0, 1, 1]
+    assert (forest.tip_row.tolist(), forest.tip.tolist()) == ([0, 0], [2, 4])
 
 
 def test_trees_in_one_row_and_padding_are_kept_apart():
@@ -60,6 +61,7 @@ def test_trees_in_one_row_and_padding_are_kept_apart():
     assert forest.sees[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert forest.sees[1, 0, :2].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
     assert (forest.row.tolist(), forest.branch.tolist()) == ([0, 0, 1], [0, 1, 2])
+    assert (forest.tip_row.tolist(), forest.tip.tolist()) == ([0, 0, 1], [1, 3, 1])
 
 
 def test_a_token_is_predicted_from_the_one_before():
