@@ -1,10 +1,14 @@
 # `make demo` and `make test` set up all they need. PYTHON and VENV can be given: make demo VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
+TRL_VENV ?= .venv-trl
+RUNS ?= runs/laptop
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRL_READY := $(TRL_VENV)/.ready
+latest = $$(ls -dt $(RUNS)/$(1)-* | head -n 1)
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench bench-ppo clean
 
 demo: $(READY)
 	$(BIN)/truthward run recipes/laptop.toml
@@ -16,6 +20,17 @@ check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# every comparison with a peer or a plainer way, on the runs that the demo left in RUNS; about an hour on two cores
+bench: $(READY)
+	$(BIN)/python bench/branches.py $(call latest,dpo)
+	$(BIN)/python bench/rollout.py $(call latest,sft)
+	$(BIN)/python bench/trainers.py $(call latest,sft)
+	$(MAKE) bench-ppo
+
+# TRL took PPO out after 1.12, so that it gets an environment of its own; about half an hour on two cores
+bench-ppo: $(READY) $(TRL_READY)
+	$(BIN)/python bench/ppo.py $(RUNS) --trl $(TRL_VENV)/bin/python
+
 # torch is named first: with it installed, nothing else pulls in a larger build
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,5 +39,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
+$(TRL_READY): bench/trl-ppo-constraints.txt
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/pip install -q -c bench/trl-ppo-constraints.txt torch==2.13.0
+	$(TRL_VENV)/bin/pip install -q -c bench/trl-ppo-constraints.txt trl==1.12.0 peft
+	touch $(TRL_READY)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TRL_VENV)
