@@ -101,15 +101,15 @@ def answer_log_ratio(log_ratio: Tensor, answer: Tensor) -> Tensor:
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, *, cap: float) -> Tensor:
     """``min(pi_old / pi_sampler, C)``, no gradient: corrects for a sampler that isn't quite the policy.
 
-    Truncated importance sampling (Ionides 2008, eq. 2; for RL's samplers Yao et al. 2025). Where a probability is not
+    Truncated importance sampling (Ionides 2008, eq. 2; for RL's samplers Yao et al. 2025). Where a log-probability is not
     finite the weight is 1.
 
     Args:
         old_logprobs, sampler_logprobs: by the trainer's forward and as sampled ``[N]``.
         cap: C.
     """
-    weights = (old_logprobs - sampler_logprobs).detach().exp().clamp(max=cap)
-    return torch.where(weights.isfinite(), weights, 1)
+    gap = (old_logprobs - sampler_logprobs).detach()
+    return torch.where(gap.isfinite(), gap.exp().clamp(max=cap), 1)
 
 
 # ------------------------------------------------------------------------------------------------- the KL in the loss

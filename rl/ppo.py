@@ -61,6 +61,7 @@ class PpoRun:
         say(f"  {len(self.prompts)} prompts, {table.rollouts} rollouts an iteration; {compute}")
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.sources = open_sources(table.rewards, self.dtype, self.accelerator.device)
+        torch.manual_seed(draw_seed(recipe.seed, "adapters"))  # new ones are drawn, and again when a run resumes
         actor_critic = ActorCritic(
             models.load(base, self.dtype),
             this.parent("reward").model_dir if "reward" in parents else None,

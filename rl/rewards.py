@@ -54,15 +54,14 @@ def python_reward(name: str) -> Source:
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
         function = getattr(module, attribute)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        parameters = inspect.signature(function).parameters.values()
+    except (ImportError, AttributeError, OSError, SyntaxError, TypeError) as error:
         fix = "name a function that exists, e.g. rewards.py:short_and_true"
         raise UserError(f"no reward function can be loaded from {name!r}: {error}", where="ppo.rewards", fix=fix) from error
     given = ("prompts", "completions", "completion_ids")
-    parameters = inspect.signature(function).parameters.values()
     free = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    unknown = [
-        p.name for p in parameters if p.name not in given and p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
+    others = (p for p in parameters if p.name not in given and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    unknown = [p.name for p in others if p.default is p.empty]
     if unknown:
         raise UserError(
             f"{name} asks for {', '.join(unknown)}", where="ppo.rewards", fix=f"a reward gets {', '.join(given)} and no more"
@@ -112,12 +111,18 @@ class ClassifierReward:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            model: Any = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             first = f"no sequence classifier can be loaded from {name!r}: {str(error).splitlines()[0]}"
             fix = 'give a folder with config.json, safetensors and a tokenizer, a hub id, or "file.py:function"'
             raise UserError(first, where="ppo.rewards", fix=fix) from error
+        model, found = loaded
+        if found["missing_keys"]:  # transformers draws these at random
+            first = f"{name} has no weights for {', '.join(sorted(found['missing_keys'])[:3])}: it is no trained classifier"
+            raise UserError(first, where="ppo.rewards", fix="name a sequence classifier, not a language model")
         if model.config.num_labels > 2:
             first = f"{name} has {model.config.num_labels} labels, so no one score"
             raise UserError(first, where="ppo.rewards", fix="wrap it in a Python function that makes one number of them")
@@ -128,16 +133,20 @@ class ClassifierReward:
         rows = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return _checked(self.name, [self._score(row) for row in rows], len(rows))
 
-    def _encode(self, prompt: str, answer: str) -> list[int]:
+    def _encode(self, prompt: str, answer: str) -> dict[str, Any]:
+        """What the model takes of what its tokenizer makes: some need to be told which tokens are the answer's."""
         if self.tokenizer.chat_template:
             turns = [*chat.user(prompt), {"role": "assistant", "content": answer}]
-            return self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        return self.tokenizer(prompt, answer)["input_ids"]
+            row = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
+        else:
+            row = self.tokenizer(prompt, answer)
+        taken = inspect.signature(self.model.forward).parameters
+        return {n: torch.tensor([ids], device=self.model.device) for n, ids in row.items() if n in taken}
 
-    def _score(self, row: list[int]) -> float:
+    def _score(self, row: dict[str, Any]) -> float:
         """One row at a time: classifiers find their last token by what is not padding, which an end token often equals."""
         kept, self.model.config.pad_token_id = self.model.config.pad_token_id, None
-        logits = self.model(input_ids=torch.tensor([row], device=self.model.device)).logits[0].float()
+        logits = self.model(**row).logits[0].float()
         self.model.config.pad_token_id = kept
         return (logits[0] if len(logits) == 1 else logits[1] - logits[0]).item()
 
@@ -161,7 +170,7 @@ def combine(
     (Stiennon et al. 2020, arXiv 2009.01325, appendix B); clipping is Bai et al.'s and DeepSpeed-Chat's guard.
 
     Args:
-        scores: for each source, one a answer.
+        scores: for each source, one an answer.
         means, deviations: of :func:`spread` over the first rollout.
         weights: of the sources.
         hard: 1 or 0 in place of the normalised score.

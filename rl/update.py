@@ -114,7 +114,7 @@ class Learner:
             for name, value in found.items():
                 both = max if name == "ratio/max" else float.__add__
                 metrics[name] = both(metrics.get(name, 0.0), value)
-        return metrics | (self._demonstrations(progress.step) if self.ptx else {})
+        return metrics | (self._demonstrations(len(rows), progress.step) if self.ptx else {})
 
     def _policy(self, batch: Batch, scores: Scores, targets: Targets, piece: Piece, progress: Progress) -> dict[str, float]:
         table = self.table
@@ -156,14 +156,21 @@ class Learner:
         self.accelerator.backward(self.table.value_coef * total)
         return {"loss/value": total.item(), "value/clipped": (piece.shares * loss.clipped).sum().item()}
 
-    def _demonstrations(self, step: int) -> dict[str, float]:
-        """``ptx_coef`` x the negative log-likelihood a token (Ouyang et al. 2022, arXiv 2203.02155, eq. 2)."""
+    def _demonstrations(self, count: int, step: int) -> dict[str, float]:
+        """``ptx_coef`` x the negative log-likelihood a token (Ouyang et al. 2022, arXiv 2203.02155, eq. 2).
+
+        As many demonstrations as the step has answers, so that the gradient does not depend on micro-batches.
+        """
         generator = torch.Generator().manual_seed(draw_seed(self.seed, "ptx", step))
-        drawn = torch.randint(len(self.ptx), (self.table.micro_batch_size,), generator=generator).tolist()
-        forest = plant([[self.ptx[i]] for i in drawn]).to(self.accelerator.device)
-        nll = -self.actor_critic("policy", forest, temperature=1.0).logprobs.mean()
-        self.accelerator.backward(self.table.ptx_coef * nll)
-        return {"loss/ptx": nll.item()}
+        drawn = [self.ptx[i] for i in torch.randint(len(self.ptx), (count,), generator=generator).tolist()]
+        tokens, total = sum(len(item.answers[0]) for item in drawn), 0.0
+        for start in range(0, count, self.table.micro_batch_size):
+            part = drawn[start : start + self.table.micro_batch_size]
+            forest = plant([[item] for item in part]).to(self.accelerator.device)
+            nll = -self.actor_critic("policy", forest, temperature=1.0).logprobs.sum() / tokens
+            self.accelerator.backward(self.table.ptx_coef * nll)
+            total += nll.item()
+        return {"loss/ptx": total}
 
     def _step(self, progress: Progress) -> float:
         norm = float(self.accelerator.clip_grad_norm_(self.trainable.values(), self.table.max_grad_norm))
