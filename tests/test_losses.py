@@ -1,4 +1,4 @@
-"""The losses and estimators of DPO, PPO and the preference model: hand numbers, loops in float64, known gradients."""
+"""The losses of DPO, PPO and the preference model: hand numbers, loops in float64, known gradients."""
 
 import math
 
@@ -9,11 +9,22 @@ from hypothesis import strategies as st
 from torch import tensor
 
 from reward.losses import preference_loss
-from rl.advantages import approximate_kl, gae, token_rewards, whiten
-from rl.losses import dpo_loss, ppo_loss, value_loss
+from rl.advantages import approximate_kl, gae, token_rewards
+from rl.losses import (
+    answer_log_ratio,
+    constant_mean,
+    dpo_loss,
+    dual_clip,
+    importance_weights,
+    k2_loss,
+    k3_loss,
+    ppo_loss,
+    sequence_mean,
+    token_mean,
+    value_loss,
+)
 
 NUMBER = st.floats(-5, 5)
-ROW = st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=8)
 
 
 def softplus(x: float) -> float:
@@ -24,107 +35,11 @@ def ones(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bool)
 
 
-# ---------------------------------------------------------------------------------------------------------- rewards
-
-
-def test_the_kl_penalty_of_a_token():
-    """Row 11: beta 0.1, log pi -1, log ref -1.5 gives -0.1 * 0.5 = -0.05."""
-    got = token_rewards(tensor([0.0]), tensor([[-1.0]]), tensor([[-1.5]]), ones(1, 1), kl_coef=0.1)
-    assert got.item() == pytest.approx(-0.05)
-
-
-def test_the_score_lands_on_the_last_token_that_counts():
-    """Row 10: three tokens and two of padding give [-b k1, -b k2, -b k3 + s, 0, 0]; what padding holds is ignored."""
-    mask = tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    policy = torch.where(mask, tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]), torch.nan)
-    got = token_rewards(tensor([10.0, 20.0, 30.0]), policy, torch.zeros(3, 5), mask, kl_coef=0.1)
-    expected = [[-0.1, -0.2, 9.7, 0, 0], [19.9, 0, 0, 0, 0], [-0.1, -0.2, -0.3, -0.4, 29.5]]
-    torch.testing.assert_close(got, tensor(expected))
-
-
-# -------------------------------------------------------------------------------------------------------------- GAE
-
-
-def test_gae_hand_number():
-    """Row 15: r = [0,0,1], V = .5: d = [0,0,.5]; A3 = .5, A2 = .95 * .5 = .475, A1 = .95 * .475 = .45125."""
-    got = gae(tensor([[0.0, 0, 1]]), torch.full((1, 3), 0.5), ones(1, 3), gamma=1.0, gae_lambda=0.95)
-    torch.testing.assert_close(got.advantages, tensor([[0.45125, 0.475, 0.5]]))
-    torch.testing.assert_close(got.returns, tensor([[0.95125, 0.975, 1.0]]))
-
-
-@given(ROW, st.floats(0.5, 1), st.floats(0, 1))
-def test_gae_equals_its_definition(row, gamma, lam):
-    """Row 15: A_t = sum_k (g l)^k d_{t+k}, by a double loop; row 16: V is 0 after the last token."""
-    rewards, values = zip(*row, strict=True)
-    ahead = [*values[1:], 0.0]
-    deltas = [r + gamma * n - v for r, v, n in zip(rewards, values, ahead, strict=True)]
-    expected = [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(row))]
-    as_row = [tensor([x], dtype=torch.float64) for x in (rewards, values)]
-    got = gae(*as_row, ones(1, len(row)), gamma=gamma, gae_lambda=lam)
-    torch.testing.assert_close(got.advantages[0], tensor(expected, dtype=torch.float64))
-    torch.testing.assert_close(got.returns[0] - got.advantages[0], tensor(values, dtype=torch.float64))
-
-
-@given(ROW, st.integers(1, 5))
-def test_padding_never_leaks_into_gae(row, extra):
-    """Row 17: more padding, whatever it holds, changes no number and gets none."""
-    rewards, values = torch.tensor(row).T.unsqueeze(1)
-    alone = gae(rewards, values, ones(1, len(row)), gamma=0.9, gae_lambda=0.8)
-    junk = torch.full((1, extra), torch.nan)
-    mask = torch.cat([ones(1, len(row)), ~ones(1, extra)], 1)
-    padded = gae(torch.cat([rewards, junk], 1), torch.cat([values, junk], 1), mask, gamma=0.9, gae_lambda=0.8)
-    for one, other in zip(alone, padded, strict=True):
-        assert torch.equal(one, other[:, : len(row)])
-        assert (other[:, len(row) :] == 0).all()
-
-
-def test_gae_with_values_of_zero_is_the_discounted_reward_to_come():
-    """Row 26: a critic that begins at 0 leaves A_t = sum_k (g l)^k r_{t+k}: [1 + .5 * 2 + .25 * 4, 2 + .5 * 4, 4]."""
-    got = gae(tensor([[1.0, 2, 4]]), torch.zeros(1, 3), ones(1, 3), gamma=1.0, gae_lambda=0.5)
-    assert got.advantages.tolist() == [[3.0, 4.0, 4.0]] == got.returns.tolist()
-
-
-def test_gae_with_lambda_one_is_the_return_less_the_value():
-    got = gae(tensor([[1.0, 2, 4]]), tensor([[5.0, 6, 7]]), ones(1, 3), gamma=1.0, gae_lambda=1.0)
-    assert got.returns.tolist() == [[7.0, 6.0, 4.0]]
-    assert got.advantages.tolist() == [[2.0, 0.0, -3.0]]
-
-
-# -------------------------------------------------------------------------------------------------------- whitening
-
-
-def test_whitening_hand_number():
-    """Row 18: [1, 2, 3] with the population's variance 2/3 becomes [-1.224745, 0, 1.224745]."""
-    got = whiten(tensor([[1.0, 2.0, 3.0]]), ones(1, 3))
-    torch.testing.assert_close(got, tensor([[-1.224745, 0, 1.224745]]), atol=1e-5, rtol=0)
-
-
-def test_whitening_is_over_all_rows_and_counts_no_padding():
-    """Row 18: the same numbers in other rows, between padding, become the same."""
-    spread = tensor([[1.0, torch.nan], [2.0, 3.0]])
-    got = whiten(spread, tensor([[True, False], [True, True]]))
-    torch.testing.assert_close(got, tensor([[-1.224745, 0], [0, 1.224745]]), atol=1e-5, rtol=0)
-
-
-@given(
-    st.lists(NUMBER, min_size=3, max_size=8, unique=True).filter(lambda x: max(x) - min(x) > 0.1), st.floats(0.5, 20), NUMBER
-)
-def test_whitening_forgets_scale_and_offset(values, scale, offset):
-    x = tensor(values, dtype=torch.float64)
-    got = whiten(x, ones(len(values)))
-    assert got.mean().item() == pytest.approx(0, abs=1e-9)
-    assert got.var(correction=0).item() == pytest.approx(1, abs=1e-4)
-    torch.testing.assert_close(got, whiten(scale * x + offset, ones(len(values))), atol=1e-4, rtol=0)
-
-
-def test_whitening_equal_advantages_gives_zeros():
-    assert whiten(torch.full((2, 2), 3.0), ones(2, 2)).tolist() == [[0, 0], [0, 0]]
-
-
-# --------------------------------------------------------------------------------------------------------------- KL
+# ------------------------------------------------------------------------------------------ the gradient of the KL
 
 LOGITS = [0.3, -1.2, 0.8, 2.0, -0.5, 0.1]
 REFERENCE = [1.0, 0.2, -0.7, 0.4, 0.0, -1.5]
+OLD = tensor([0.6, -0.9, 0.2, 1.4, 0.3, -0.4], dtype=torch.float64).log_softmax(0)
 
 
 def gradient(loss_of) -> torch.Tensor:
@@ -147,7 +62,7 @@ def k1_in_reward(policy, ref):
     p = policy.detach()
     rewards = token_rewards(torch.zeros(6).double(), p.unsqueeze(1), ref.unsqueeze(1), ones(6, 1), kl_coef=1.0)
     advantages = gae(rewards, torch.zeros(6, 1).double(), ones(6, 1), gamma=1.0, gae_lambda=0.95).advantages
-    return (p.exp() * ppo_loss(policy, p, advantages.squeeze(1), clip_range=0.2).losses).sum()
+    return (p.exp() * ppo_loss(policy - p, advantages.squeeze(1), clip_range=0.2).losses).sum()
 
 
 def test_k1_in_the_reward_gives_the_exact_gradient_of_the_reverse_kl():
@@ -155,8 +70,20 @@ def test_k1_in_the_reward_gives_the_exact_gradient_of_the_reverse_kl():
     torch.testing.assert_close(gradient(k1_in_reward), gradient(reverse_kl))
 
 
-def test_k3_as_a_loss_gives_the_gradient_of_the_forward_kl():
-    """Row 12: why k3 is only reported. It is another gradient; and k1 as a loss has none at all."""
+@pytest.mark.parametrize("estimator", [k2_loss, k3_loss])
+@pytest.mark.parametrize("old", [None, OLD], ids=["on-policy", "off-policy"])
+def test_k2_and_k3_with_the_ratio_as_losses_give_the_gradient_of_the_reverse_kl(estimator, old):
+    """Row 12: the expectation under the policy that sampled, be it the policy itself or an older one."""
+
+    def expected(policy, ref):
+        sampled = policy.detach() if old is None else old
+        return (sampled.exp() * estimator(policy, sampled, ref)).sum()
+
+    torch.testing.assert_close(gradient(expected), gradient(reverse_kl))
+
+
+def test_plain_k3_gives_the_gradient_of_the_forward_kl_and_k1_as_a_loss_none():
+    """Row 12: why neither is offered."""
     k3 = gradient(lambda policy, ref: (policy.detach().exp() * approximate_kl(policy - ref)).sum())
     k1 = gradient(lambda policy, ref: (policy.detach().exp() * (policy - ref)).sum())
     torch.testing.assert_close(k3, gradient(forward_kl))
@@ -164,26 +91,13 @@ def test_k3_as_a_loss_gives_the_gradient_of_the_forward_kl():
     torch.testing.assert_close(k1, torch.zeros(6).double())
 
 
-def test_k3_hand_number():
-    """Row 13: d = .5 gives exp(-.5) + .5 - 1 = .106531; d = 0 gives 0."""
-    torch.testing.assert_close(approximate_kl(tensor([0.5, 0.0])), tensor([0.106531, 0.0]), atol=1e-6, rtol=0)
-
-
-def test_the_mean_of_k3_is_the_kl():
-    """Row 13: sum_x p(x) k3(x) = KL(p || q)."""
-    policy, ref = (tensor(z, dtype=torch.float64).log_softmax(0) for z in (LOGITS, REFERENCE))
-    assert (policy.exp() * approximate_kl(policy - ref)).sum().item() == pytest.approx(reverse_kl(policy, ref).item())
-
-
-@given(st.floats(-20, 20, width=32))
-def test_k3_is_never_negative(difference):
-    """Row 13."""
-    assert approximate_kl(tensor(difference)).item() >= 0
-
-
-def test_k3_keeps_its_digits_near_zero():
-    """Row 13: at d = .001 it is d^2/2 - d^3/6 = 4.99833e-7, where exp(-d) + d - 1 in fp32 is off by a tenth."""
-    assert approximate_kl(tensor(1e-3)).item() == pytest.approx(4.99833e-7, rel=1e-3)
+def test_the_kl_losses_at_hand_numbers():
+    """Row 13: log pi -1, log ref -1.5, old -1: k2 = .125, k3 = .106531; at a ratio of e^.5 both times 1.648721."""
+    here, ref = tensor([-1.0]), tensor([-1.5])
+    assert k2_loss(here, here, ref).item() == pytest.approx(0.125)
+    assert k3_loss(here, here, ref).item() == pytest.approx(0.106531, abs=1e-6)
+    assert k2_loss(here, ref, ref).item() == pytest.approx(0.125 * 1.648721)
+    assert k3_loss(here, ref, ref).item() == pytest.approx(0.106531 * 1.648721, abs=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------------- PPO
@@ -194,26 +108,53 @@ def test_k3_keeps_its_digits_near_zero():
 )
 def test_policy_clip_hand_numbers(advantage, ratio, loss, clipped):
     """Row 22: max(-A r, -A clip(r, .8, 1.2))."""
-    got = ppo_loss(tensor([[ratio]]).log(), torch.zeros(1, 1), tensor([[float(advantage)]]), clip_range=0.2)
+    got = ppo_loss(tensor([ratio]).log(), tensor([float(advantage)]), clip_range=0.2)
     assert got.losses.item() == pytest.approx(loss)
     assert got.ratio.item() == pytest.approx(ratio)
     assert got.clipped.item() is clipped
 
 
-@given(st.floats(-2, 2), st.floats(-2, 2), NUMBER, st.floats(0.05, 0.5))
-def test_policy_loss_equals_plain_arithmetic(new, old, advantage, clip):
-    """Row 22, any numbers."""
-    ratio = math.exp(new - old)
+@given(st.floats(-2, 2), NUMBER, st.floats(0.05, 0.5))
+def test_policy_loss_equals_plain_arithmetic(log_ratio, advantage, clip):
+    """Row 22: for any numbers."""
+    ratio = math.exp(log_ratio)
     expected = max(-advantage * ratio, -advantage * min(max(ratio, 1 - clip), 1 + clip))
-    values = (tensor([x], dtype=torch.float64) for x in (new, old, advantage))
-    assert ppo_loss(*values, clip_range=clip).losses.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    got = ppo_loss(*pair(log_ratio, advantage), clip_range=clip)
+    assert got.losses.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_a_clipped_ratio_gets_no_gradient_and_a_free_one_gets_a_times_r():
     """Row 22: dL/dlog pi = -A r while free, 0 where the clip holds it."""
     new = tensor([1.5, 1.1, 1.5, 0.5]).log().requires_grad_()
-    ppo_loss(new, torch.zeros(4), tensor([2.0, 2.0, -2.0, -2.0]), clip_range=0.2).losses.sum().backward()
+    ppo_loss(new, tensor([2.0, 2.0, -2.0, -2.0]), clip_range=0.2).losses.sum().backward()
     torch.testing.assert_close(new.grad, tensor([0.0, -2.2, 3.0, 0.0]))
+
+
+def test_dual_clip_hand_numbers():
+    """Row 23: A = -1 and r = 10 lose 3 rather than 10; r = 2 is below the bound; a good token's loss is not bounded."""
+    ratio, advantages = tensor([10.0, 2.0, 10.0, 10.0]).log().requires_grad_(), tensor([-1.0, -1.0, 1.0, -2.0])
+    got = dual_clip(ppo_loss(ratio, advantages, clip_range=0.2).losses, advantages, bound=3.0)
+    torch.testing.assert_close(got, tensor([3.0, 2.0, -1.2, 6.0]))
+    got.sum().backward()
+    torch.testing.assert_close(ratio.grad, tensor([0.0, 2.0, 0.0, 0.0]))
+
+
+def test_the_ratio_of_an_answer_is_the_product_of_its_tokens():
+    """Answers [.1, .2] and [-.3] in log-ratios: .3, .3, -.3; each token's gradient is that of the whole."""
+    tokens = tensor([0.1, 0.2, -0.3], requires_grad=True)
+    got = answer_log_ratio(tokens, tensor([0, 0, 1]))
+    torch.testing.assert_close(got, tensor([0.3, 0.3, -0.3]))
+    (got * tensor([1.0, 10.0, 100.0])).sum().backward()
+    assert tokens.grad.tolist() == [11, 11, 100]
+
+
+def test_importance_weights_hand_numbers():
+    """Row 36: a gap of ln 3 is held at 2, -ln 2 gives .5, 0 gives 1; where it isn't finite the weight is 1."""
+    gap = tensor([math.log(3), -math.log(2), 0.0, math.nan, math.inf, -math.inf])
+    old = torch.full((6,), -2.0, requires_grad=True)
+    got = importance_weights(old + gap, torch.full((6,), -2.0), cap=2.0)
+    torch.testing.assert_close(got, tensor([2.0, 0.5, 1.0, 1.0, 1.0, 1.0]))
+    assert not got.requires_grad
 
 
 def test_value_clip_hand_number():
@@ -225,11 +166,29 @@ def test_value_clip_hand_number():
 
 @given(NUMBER, NUMBER, NUMBER, st.floats(0.05, 1))
 def test_value_loss_equals_plain_arithmetic(value, old, target, clip):
-    """Row 24, any numbers."""
+    """Row 24: for any numbers."""
     held = min(max(value, old - clip), old + clip)
     expected = 0.5 * max((value - target) ** 2, (held - target) ** 2)
-    got = value_loss(*(tensor([x], dtype=torch.float64) for x in (value, old, target)), clip_range=clip)
-    assert got.losses.item() == pytest.approx(expected)
+    assert value_loss(*pair(value, old, target), clip_range=clip).losses.item() == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- reductions
+
+
+def test_reductions_hand_numbers():
+    """Row 29: rows [3] and [1, 1, 1]: by tokens 6/4, by answers (3 + 1)/2, Dr. GRPO at 4 tokens 6/(2 * 4)."""
+    losses, mask = tensor([[3.0, 9.0, 9.0], [1.0, 1.0, 1.0]]), tensor([[1, 0, 0], [1, 1, 1]]).bool()
+    weights = (token_mean(mask), sequence_mean(mask), constant_mean(mask, 4))
+    assert [(w * losses).sum().item() for w in weights] == pytest.approx([1.5, 2.0, 0.75])
+
+
+def test_an_answer_of_which_nothing_counts_is_not_counted():
+    """Row 9: an answer left out of the loss makes the others count for more, and where all are, nothing is divided by 0."""
+    mask = tensor([[0, 0], [1, 1]]).bool()
+    for weights in (token_mean(mask), sequence_mean(mask), constant_mean(mask, 2)):
+        assert weights.tolist() == [[0, 0], [0.5, 0.5]]
+    for weights in (token_mean(~ones(2, 2)), sequence_mean(~ones(2, 2)), constant_mean(~ones(2, 2), 2)):
+        assert weights.sum().item() == 0
 
 
 # ---------------------------------------------------------------------------------------------- DPO and preferences
@@ -308,7 +267,7 @@ def test_metrics_carry_no_gradient():
     x = torch.ones(1, requires_grad=True)
     outputs = [
         *dpo_loss(x, x, x, x, x, beta=0.1)[1:],
-        *ppo_loss(x, x, x, clip_range=0.2)[1:],
+        *ppo_loss(x, x, clip_range=0.2)[1:],
         *value_loss(x, x, x, clip_range=0.2)[1:],
         *preference_loss(x, x, x, center_coef=0.1)[1:],
     ]
