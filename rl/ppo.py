@@ -136,8 +136,9 @@ class PpoRun:
                 target[rows] = target[rows].masked_scatter(where, flat.cpu())
             if "reward" in self.table.rewards:
                 preference += self.actor_critic("reward", forest).tolist()
-        texts = [self.texts[self.prompts.index(p)] for p in batch.prompts] if self.sources else []
-        answers = [chat.decode(self.tokenizer, ids) for ids in batch.answers] if self.sources else []
+        text_of = {tuple(ids): text for ids, text in zip(self.prompts, self.texts, strict=True)}
+        texts = [text_of[tuple(ids)] for ids in batch.prompts]
+        answers = [chat.decode(self.tokenizer, ids) for ids in batch.answers]
         scores = {name: source(texts, answers, batch.answers) for name, source in self.sources.items()}
         scores |= {"reward": preference}
         return Scores([scores[name] for name in self.table.rewards], old, ref, values, entropy)
