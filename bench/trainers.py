@@ -221,11 +221,9 @@ def compare(stage: str, run_dir: str, steps: int, threads: int) -> None:
         "--threads",
         str(threads),
     ]
-    processes, built = {}, {}
-    for side in SIDES:
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes[side] = subprocess.Popen([*command, "--side", side], **pipes)
-        built[side] = answer(processes[side])["peak"]  # before the next begins
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = {side: subprocess.Popen([*command, "--side", side], **pipes) for side in SIDES}
+    built = {side: answer(process)["peak"] for side, process in processes.items()}
     seen: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(steps + 1):
         for side, process in processes.items():
