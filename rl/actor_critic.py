@@ -112,7 +112,7 @@ class ActorCritic(nn.Module):
         """The policy's trained matrices as plain weights in the base's type: (module name, weight), made one by one."""
         for name, module in self._of("policy").named_modules():
             if self.policy is not None and isinstance(module, nn.Linear | nn.Embedding):
-                yield name, module.weight.to(self.dtype)
+                yield name, module.weight.detach().to(self.dtype)  # a copy may be frozen, the parameter must not
             elif "policy" in getattr(module, "lora_A", {}):
                 weight = module.base_layer.weight
                 yield name, (weight.float() + module.get_delta_weight("policy").float()).to(weight.dtype)
