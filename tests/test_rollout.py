@@ -3,19 +3,25 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.ppo import prompt_order
-from rl.rollout import collate, draw_seed
+from rl.rollout import collate, draw_seed, prompt_order
 from truthward.generate import Completion
 
 
 def test_masks_go_by_length():
     """Rows 7 and 8: an answer [9, 2] that ended counts two tokens, its end token included; pad ids in the text count."""
-    batch = collate([[5, 0, 6], [7]], [Completion([9, 2], [-1.0, -2.0], True), Completion([0, 0, 8], [-3.0] * 3)], pad_id=0)
-    assert batch.ids.tolist() == [[5, 0, 6, 9, 2, 0], [0, 0, 7, 0, 0, 8]]
-    assert batch.mask.int().tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
-    assert batch.answer_mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
+    batch = collate([[5, 0, 6], [7]], [Completion([9, 2], [-1.0, -2.0], True), Completion([0, 0, 8], [-3.0] * 3)])
+    assert (batch.prompts, batch.answers) == ([[5, 0, 6], [7]], [[9, 2], [0, 0, 8]])
+    assert batch.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch.sampler_logprobs.tolist() == [[-1, -2, 0], [-3, -3, -3]]
-    assert (batch.answer, batch.finished.tolist()) == (3, [True, False])
+    assert batch.finished.tolist() == [True, False]
+    assert batch.forest([0, 1]).target.tolist() == [9, 2, 0, 0, 8]
+
+
+def test_tokens_of_a_shared_prompt_are_counted_once():
+    """Prompts [5], [5], [6, 7], [5] with answers of one token: 4 and 1 + 2 + 1."""
+    batch = collate([[5], [5], [6, 7], [5]], [Completion([2], [-1.0], True)] * 4)
+    assert (batch.answer_tokens, batch.tokens) == (4, 8)
+    assert batch.forest([0, 1, 2]).ids.tolist() == [[5, 2, 2, 6, 7, 2]]
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 10))
