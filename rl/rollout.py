@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from truthward.branches import Forest, Item, plant
+from truthward.decoder import Decoder, plain_copy, supports
+from truthward.errors import UserError
 from truthward.generate import Completion, generate
 from truthward.score import ROW_TOKENS
 from truthward.tensors import pad
+
+ROWS = 64  # sampled together: a step over 64 rows takes 1.4 times as long as one over 32, and 2.6 times one over 8
 
 
 @dataclass(frozen=True)
@@ -68,26 +72,39 @@ class Batch:
 
 
 class Sampler:
-    """A chat model that holds the policy merged into plain weights."""
+    """Samples from the policy's merged weights, as they were at the last :meth:`refresh`.
 
-    def __init__(self, actor_critic: Any, tokenizer: Any, *, max_new_tokens: int, temperature: float, precision: str) -> None:
-        self.actor_critic, self.tokenizer = actor_critic, tokenizer
+    Args:
+        actor_critic: gives the policy's ``policy_shell()`` and ``policy_weights()``.
+        tokenizer: of the chat model.
+        max_new_tokens, temperature: as for :func:`truthward.generate.generate`.
+        precision: "exact" computes what the trainer computes; "bfloat16" and "int8" are faster and sample from a
+            distribution of their own, whose log-probabilities the batch holds.
+    """
+
+    def __init__(
+        self, actor_critic: Any, tokenizer: Any, *, max_new_tokens: int, temperature: float, precision: str
+    ) -> None:
+        self.actor_critic, self.tokenizer, self.precision = actor_critic, tokenizer, precision
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        base = actor_critic.policy_shell()
-        with torch.device("meta"):
-            self.model = type(base)(base.config)
-        shared = {n.replace(".base_layer", ""): t for n, t in base.state_dict().items() if ".lora_" not in n}
-        own = {f"{n}.weight": t for n, t in actor_critic.policy_weights()}
-        self.model.load_state_dict({**shared, **own}, assign=True)
-        self.model.tie_weights()
-        self.model.model.rotary_emb = base.model.rotary_emb  # its frequencies are not in the state
-        self.model.eval().requires_grad_(False)
+        self.model: Any = None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the policy's current weights."""
-        for name, weight in self.actor_critic.policy_weights():
-            self.model.get_submodule(name).weight.copy_(weight)
+        """Take over the policy's current weights.
+
+        Raises:
+            UserError: this machine or this architecture can't be sampled in the precision asked for.
+        """
+        self.model = None  # the old copy goes before the new one comes
+        shell, weights = self.actor_critic.policy_shell(), self.actor_critic.policy_weights()
+        if supports(shell):
+            self.model = Decoder.pack(shell, weights, self.precision)
+        elif self.precision == "exact":
+            self.model = plain_copy(shell, weights)
+        else:
+            name = type(shell).__name__
+            raise UserError(f"{name} is sampled by its own forward", where="precision", fix='use "exact"')
 
     def sample(self, prompts: list[list[int]], seeds: list[int], tick: Callable[[int], None] = lambda n: None) -> Batch:
         """One answer for each prompt."""
@@ -99,6 +116,7 @@ class Sampler:
             pad_id=self.tokenizer.pad_token_id,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
+            batch_size=ROWS,
             tick=tick,
         )
         return collate(prompts, completions)
