@@ -139,6 +139,15 @@ def test_a_product_of_integers_by_hand():
     torch.testing.assert_close(got, torch.tensor([[first, second]]))
 
 
+@pytest.mark.parametrize("make", [products.shared, products.packed, products.bfloat16, products.int8])
+def test_a_product_reads_a_transposed_weight(make):
+    """A weight may lie in memory either way."""
+    x, weight, bias = torch.randn(5, 48), torch.randn(48, 32).t(), torch.randn(32)
+    dtype = torch.bfloat16 if make is products.bfloat16 else torch.float32
+    got = make(weight, bias)(x.to(dtype)).float()
+    assert (got - (x @ weight.t() + bias)).abs().max() < 0.3
+
+
 def test_other_architectures_go_through_their_own_forward():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
     assert not supports(model)

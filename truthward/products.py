@@ -50,7 +50,7 @@ def int8(weight: Tensor, bias: Tensor | None = None) -> Product:
     """
     if not _onednn(weight):
         raise UserError("8-bit sampling needs a CPU", where="precision", fix='use "bfloat16" or "exact"')
-    weight = weight.float()
+    weight = weight.float().contiguous()  # the reordering reads past strides
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127
     blocks = torch.ops.onednn.qlinear_prepack((weight / scale.unsqueeze(1)).round_().to(torch.int8), None)
     zero = torch.zeros(len(scale), dtype=torch.int32)
