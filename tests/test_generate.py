@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truthward.generate import Completion, generate, sample
+from truthward.generate import Completion, _invert, generate, sample
 
 LENGTHS = (3, 21, 1, 8, 8, 34, 13)
 
@@ -164,6 +164,27 @@ def test_a_word_without_probability_is_never_drawn():
     logits = torch.tensor([[-inf, 0.0, -inf, 1.0, -inf]]).expand(4, -1)
     token, _ = sample(logits, torch.tensor([0.0, 0.2, 0.9, 1 - 2**-24]), 1.0)
     assert set(token.tolist()) <= {1, 3}
+
+
+def test_the_search_in_two_levels_is_the_search_in_one():
+    """1,000 words make four spans; the whole cumulative distribution in float64 gives the same words."""
+    logits = 2 * torch.randn(1000, generator=torch.Generator().manual_seed(3))
+    uniform = torch.rand(5000, generator=torch.Generator().manual_seed(4))
+    cumulative = logits.double().softmax(0).cumsum(0)
+    expected = torch.searchsorted(cumulative, uniform.double(), right=True)
+    clear = (uniform.double().unsqueeze(1) - cumulative).abs().min(1).values > 1e-6  # rounding may settle the others
+    token, logprob = sample(logits.expand(len(uniform), -1), uniform, 1.0)
+    assert torch.equal(token[clear], expected[clear])
+    assert clear.float().mean() > 0.99
+    assert set((token // 256).tolist()) == {0, 1, 2, 3}
+    torch.testing.assert_close(logprob, logits.log_softmax(0)[token])
+
+
+@pytest.mark.parametrize(("point", "index"), [(-1e-8, 2), (0.0, 2), (0.49, 2), (0.5, 3), (1.0, 3), (1.1, 3)])
+def test_rounding_past_either_end_draws_no_impossible_word(point, index):
+    """p = (0, 0, .5, .5, 0): of the words with probability the first and the last are the ends."""
+    found, _ = _invert(torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]), torch.tensor([[point]]))
+    assert found.item() == index
 
 
 def test_temperature_zero_takes_the_most_likely_word():
