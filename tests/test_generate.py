@@ -187,6 +187,13 @@ def test_rounding_past_either_end_draws_no_impossible_word(point, index):
     assert found.item() == index
 
 
+def test_logits_that_are_not_numbers_show_in_the_log_probability():
+    """For the caller's guard to find, rather than an index error."""
+    token, logprob = sample(torch.full((2, 300), math.nan), torch.tensor([0.1, 0.9]), 1.0)
+    assert logprob.isnan().all()
+    assert (token < 300).all()
+
+
 def test_temperature_zero_takes_the_most_likely_word():
     token, logprob = sample(torch.tensor([[0.0, 3.0, 1.0], [9.0, 3.0, 1.0]]), torch.tensor([0.99, 0.99]), 0)
     assert token.tolist() == [1, 0]

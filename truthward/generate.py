@@ -229,7 +229,7 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Te
     span_B1, rest_B1 = _invert(before_BV, uniform_B.unsqueeze(1) * before_BV[:, -1:])
     within_Bs = spans_BVs.take_along_dim(span_B1.unsqueeze(2), 1).squeeze(1).cumsum(-1)
     word_B1, _ = _invert(within_Bs, rest_B1)
-    token_B1 = span_B1 * SPAN + word_B1
+    token_B1 = (span_B1 * SPAN + word_B1).clamp(max=p_BV.shape[1] - 1)
     return token_B1.squeeze(1), p_BV.gather(1, token_B1).log().squeeze(1)
 
 
@@ -241,5 +241,6 @@ def _invert(cumulative_BV: Tensor, point_B1: Tensor) -> tuple[Tensor, Tensor]:
     end_B1 = cumulative_BV[:, -1:]
     point_B1 = point_B1.clamp(min=0).minimum(torch.nextafter(end_B1, torch.zeros_like(end_B1)))
     index_B1 = torch.searchsorted(cumulative_BV, point_B1, right=True)
+    index_B1 = index_B1.clamp(max=cumulative_BV.shape[1] - 1)  # NaN ends past the end; its log-probability will show it
     before_B1 = F.pad(cumulative_BV, (1, 0)).gather(1, index_B1)
     return index_B1, point_B1 - before_B1

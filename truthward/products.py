@@ -20,6 +20,9 @@ Product = Callable[[Tensor], Tensor]
 PRECISIONS = ("exact", "bfloat16", "int8")
 TYPICAL_ROWS = 64  # oneDNN chooses its blocks for a batch size; blocks for 64 rows are good for 1 to 1,000
 
+# without the VNNI instructions two products of full 8 bits are added in 16 bits and may not fit
+STEPS = 127 if torch.cpu._is_vnni_supported() else 63
+
 
 def shared(weight: Tensor, bias: Tensor | None = None) -> Product:
     """A product that reads the weight where it lies."""
@@ -48,10 +51,10 @@ def int8(weight: Tensor, bias: Tensor | None = None) -> Product:
     Raises:
         UserError: the weight is not on a CPU that oneDNN knows.
     """
+    weight = weight.float().contiguous()  # the reordering reads past strides
     if not _onednn(weight):
         raise UserError("8-bit sampling needs a CPU", where="precision", fix='use "bfloat16" or "exact"')
-    weight = weight.float().contiguous()  # the reordering reads past strides
-    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+    scale = weight.abs().amax(1).clamp(min=1e-12) / STEPS
     blocks = torch.ops.onednn.qlinear_prepack((weight / scale.unsqueeze(1)).round_().to(torch.int8), None)
     zero = torch.zeros(len(scale), dtype=torch.int32)
 
@@ -73,5 +76,7 @@ def side_by_side(products: Sequence[Product]) -> Product:
 
 
 def _onednn(weight: Tensor) -> bool:
-    known = weight.dtype in (torch.float32, torch.bfloat16)
-    return weight.device.type == "cpu" and known and torch.backends.mkldnn.is_available()
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or bf16
