@@ -112,6 +112,44 @@ def test_a_folder_is_hashed_by_its_file_names_and_contents(tmp_path):
     assert len(seen | {value()}) == 4
 
 
+PPO = (
+    TINY.replace('"dpo"]', '"ppo"]')
+    + """
+[ppo]
+rewards = ["{home}/mine.py:short", "{home}/classifier", "some/hub-id"]
+ptx_data = ["{home}/demos.jsonl"]
+ptx_coef = 0.1
+"""
+)
+
+
+def test_what_ppos_answers_are_scored_by_renames_it(world, tmp_path):
+    """The file of a function, a classifier's folder and the demonstrations count by their content."""
+    (tmp_path / "classifier").mkdir()
+    for name, text in (("mine.py", "def short(completions): ..."), ("classifier/config.json", "{}")):
+        (tmp_path / name).write_text(text)
+    planned = plan(world(text=PPO))["ppo"]
+    assert planned.parents == {"model": plan(world(text=PPO))["sft"].path.name}
+    assert {Path(path).name for path in planned.data} == {"mine.py", "classifier", "demos.jsonl", "prompts.jsonl"}
+    before = names(world(text=PPO))
+    for name in ("mine.py", "classifier/config.json"):
+        (tmp_path / name).write_text("changed")
+        after = names(world(text=PPO))
+        assert changed(before, after) == {"ppo", "evals-ppo"}
+        before = after
+
+
+def test_ppo_starts_from_its_parent_and_shares_the_preference_models_base():
+    """With an adapter as its parent, and with the preference model's own parent."""
+    stages = ["base", "sft", "constitution", "reward", "dpo", "ppo"]
+    for parent, start in (("dpo", "dpo"), ("sft", None)):
+        planned = plan(load_recipe("recipes/tiny.toml", [f"ppo.parent={parent}"]))
+        parents = planned["ppo"].parents
+        expected = {"model": "sft", "reward": "reward"} | ({"start": start} if start else {})
+        assert parents == {role: planned[stage].path.name for role, stage in expected.items()}
+        assert set(stages) <= planned.keys()
+
+
 def test_missing_data_are_named(world):
     with pytest.raises(UserError, match="gone.jsonl: there is no such file"):
         plan(world("sft.data=['gone.jsonl']"))
@@ -162,7 +200,11 @@ def test_changed_code_renames_the_stage_that_reaches_it_and_what_comes_from_it(w
     ("module", "reached", "beyond"),
     [
         ("sft", {"sft.trainer", "sft.__main__", "truthward.records"}, {"evals.truth", "reward.losses", "truthward.cli"}),
-        ("rl.ppo", {"rl.losses", "rl.state", "truthward.generate"}, {"rl.dpo", "truthward.score", "sft.trainer"}),
+        (
+            "rl.ppo",
+            {"rl.losses", "rl.rewards", "rl.update", "truthward.generate"},
+            {"rl.dpo", "truthward.stats", "sft.trainer"},
+        ),
         ("evals", {"evals.truth", "evals.baselines", "truthward.stats"}, {"truthward.report", "truthward.card"}),
         ("truthward.base", {"truthward.models"}, {"truthward.report", "truthward.card", "truthward.trainers"}),
     ],

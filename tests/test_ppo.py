@@ -206,7 +206,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(moved, micro):
     """Row 28: 8 x 1 = 4 x 2 = 2 x 4 = 1 x 8, for policy, critic and value head, and so for the metrics."""
     whole, metrics = step(moved, micro_batch_size=8)
     got, same = step(moved, micro_batch_size=micro)
-    assert_same(got, whole, 1e-6)
+    assert_same(got, whole, 1e-5)
     assert same == pytest.approx(metrics, rel=1e-4)
     assert 0.1 < metrics["clipped"] < 0.9
 
@@ -239,7 +239,7 @@ def test_the_gradient_does_not_depend_on_padding_of_what_is_kept(moved):
     targets = Targets(wide(moved.targets.advantages) + junk, wide(moved.targets.returns) - junk, wide(moved.targets.mask))
     expected, metrics = step(moved)
     got, same = gradient(moved.ppo, batch, scores, targets)
-    assert_same(got, expected, 1e-6)
+    assert_same(got, expected, 1e-5)
     assert same == pytest.approx(metrics, rel=1e-5)
     assert (moved.ppo.advantages(batch, scores)[0].advantages[~batch.mask] == 0).all()
 

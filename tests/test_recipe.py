@@ -179,6 +179,52 @@ def test_a_stage_before_what_it_needs_is_refused(load, text, stage, needs):
     assert f"stage {stage} needs {needs}, which does not come before it" in refusal(load, text)
 
 
+def test_without_the_preference_model_ppo_needs_no_reward_stage(load):
+    assert load("stages = ['base', 'sft', 'ppo']\n[ppo]\nrewards = ['mine.py:short']").ppo.rewards == ["mine.py:short"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("advantage = 'rloo'", "rloo compares the answers to a prompt, and group_size is 1"),
+        ("advantage = 'grpo'", "group_size = 4"),
+        ("group_size = 3", "ppo.rollouts, ppo.group_size: 32 is not a multiple of 3"),
+        ("rewards = ['a.py:f', 'reward']\nreward_weights = [1.0]", "2 rewards have 1 weights"),
+        ("rewards = ['a.py:f', 'a.py:f']", "named twice"),
+        ("dual_clip = 1.0", "ppo.dual_clip: it bounds ratios above 1"),
+        ("ptx_coef = 0.1", "ptx_coef and ptx_data go together"),
+        ("ptx_data = ['d.jsonl']", "ptx_coef and ptx_data go together"),
+        ("top_p = 0.9", "unknown key ppo.top_p"),
+        ("rewards = []", "ppo.rewards"),
+        ("advantage = 'reinforce'", "ppo.advantage"),
+        ("clip_range = 1.0", "ppo.clip_range"),
+    ],
+)
+def test_values_of_ppo_that_do_not_go_together_are_refused(load, text, message):
+    """Row 4: top_p among them, as it would bias the ratio."""
+    assert message in refusal(load, f"[ppo]\n{text}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "advantage = 'rloo'\ngroup_size = 4",
+        "rewards = ['a.py:f', 'reward']\nreward_weights = [1.0, -0.5]",
+        "dual_clip = 3.0",
+        "ptx_coef = 0.1\nptx_data = ['d.jsonl']",
+        "tune = 'full'",
+    ],
+)
+def test_values_of_ppo_that_do_are_taken(load, text):
+    assert load(f"[ppo]\n{text}").ppo
+
+
+def test_a_preference_model_of_full_weights_cannot_share_ppos_base(load):
+    message = refusal(load, "[reward]\ntune = 'full'")
+    assert "must be an adapter" in message
+    assert load("[reward]\ntune = 'full'\n[ppo]\nrewards = ['mine.py:short']")
+
+
 @pytest.mark.parametrize("parent", ["constitution", "reward"])
 def test_a_parent_must_be_a_stage_that_makes_a_chat_model(load, parent):
     assert "dpo.parent" in refusal(load, f"[dpo]\nparent = '{parent}'")
