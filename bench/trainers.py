@@ -35,7 +35,7 @@ from truthward.tables import Launch, Training
 from truthward.trainers import to_row, trainer_arguments
 
 STAGES = {
-    "sft": "16 demonstrations",
+    "sft": "8 demonstrations",
     "reward": "8 pairs on 8 prompts",
     "reward-all": "18 pairs on 2 prompts",
     "dpo": "8 pairs on 8 prompts",
@@ -49,8 +49,8 @@ RATE = 2e-5
 
 
 def demonstrations(tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
-    """Tokens of 16 demonstrations, and which of them are the answer's."""
-    rows = read_demonstrations(["data/demonstrations.jsonl"])[:16]
+    """Tokens of 8 demonstrations, and which of them are the answer's."""
+    rows = read_demonstrations(["data/demonstrations.jsonl"])[:8]
     return [chat.encode(tokenizer, [m.model_dump() for m in row.messages]) for row in rows]
 
 
