@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from ppo_lab import Lab, place, policy_logprobs, quiet
+from ppo_lab import Lab, gradient, place, policy_logprobs, quiet, sampled
 from safetensors.torch import load_file
 from torch import nn
 
@@ -158,6 +158,33 @@ def test_gradients_are_clipped_to_the_global_norm(lab, tmp_path, monkeypatch):
         metrics = ppo.iterate(quiet)
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
     assert metrics["grad_norm"] > 0.1
+
+
+def test_every_step_begins_without_gradients(lab, tmp_path, monkeypatch):
+    """Otherwise a step would be taken along those before it as well."""
+    method, left = Learner.minibatch, []
+
+    def watching(self, *args):
+        left.extend(n for n, p in self.trainable.items() if p.grad is not None and p.grad.any())
+        return method(self, *args)
+
+    monkeypatch.setattr(Learner, "minibatch", watching)
+    with place(lab, tmp_path).ppo() as ppo:
+        assert ppo.iterate(quiet)["steps"] == 4
+    assert left == []
+
+
+def test_a_first_step_by_hand(lab, tmp_path):
+    """Row 31: Adam's first step is rate * g / (|g| + 1e-5), whatever the betas: small gradients move less."""
+    with place(lab, tmp_path).ppo("ppo.max_grad_norm=1e9", "ppo.learning_rate=1e-3") as ppo:
+        batch, scores, targets = sampled(ppo)
+        before = {n: p.detach().clone() for n, p in ppo.trainable.items()}
+        found, _ = gradient(ppo, batch, scores, targets)
+        ppo.learner.minibatch(batch, scores, targets, list(range(8)), ppo.progress)
+        ppo.learner._step(ppo.progress)
+        for name, grad in found.items():
+            step = 1e-3 * grad / (grad.abs() + 1e-5)
+            torch.testing.assert_close(before[name] - ppo.trainable[name], step, atol=1e-6, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- on disk
