@@ -61,7 +61,8 @@ def work(home: Path, job: Job) -> Result:
     """Do one run, silently."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), opened(home, job.seed, *job.overrides, labels=job.labels) as ppo:
-        accuracy, drawn = math.nan, ([], [])
+        accuracy = math.nan
+        drawn: tuple[list[float], list[float]] = ([], [])
         if job.labels:
             accuracy = ppo.run.parent("reward").manifest["metrics"]["validation_accuracy"]["mean"]
             drawn = pool(ppo, job.answers)
@@ -208,7 +209,7 @@ def tables(results: dict[str, list[Result]]) -> str:
     lines.append("against a proxy: fits of gold's gain to sqrt(KL), bootstrapped over seeds")
     for name, labels in LABELS.items():
         runs = results[name]
-        correlation = t_interval([float(np.corrcoef(r.pool)[0, 1]) for r in runs])
+        correlation = t_interval([statistics.correlation(*r.pool) for r in runs])
         lines.append(f"  {labels} labels: accuracy {t_interval([r.accuracy for r in runs])}, correlation {correlation}")
         best, ppo = fitted([bon_points(r) for r in runs], fit_bon), fitted([rl_points(r) for r in runs], fit_rl)
         for what, fit in (("best-of-n", best), ("PPO", ppo)):

@@ -117,8 +117,8 @@ def build(home: Path, steps: int = 300, batch: int = 32, rate: float = 3e-3) -> 
     model.save_pretrained(home / "model")
     tokenizer.save_pretrained(home / "model")
     _write(home / "prompts.jsonl", [{"id": q, "prompt": q} for q in PROMPTS])
-    answers = strings(512, seed=2)
-    pairs = [sorted(pair, key=_gold_of) for pair in zip(answers[::2], answers[1::2], strict=True)]
+    held_out = strings(512, seed=2)
+    pairs = [sorted(pair, key=_gold_of) for pair in zip(held_out[::2], held_out[1::2], strict=True)]
     bank = [{"question": f"v{i}", "true": [t], "false": [f]} for i, (f, t) in enumerate(pairs) if _gold_of(f) < _gold_of(t)]
     _write(home / "bank" / "gold.jsonl", [{"id": q["question"], "topic": "gold", "kind": "fact", **q} for q in bank])
 
