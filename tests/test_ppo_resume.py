@@ -56,7 +56,7 @@ def whole(kind, lab, tmp_path_factory) -> Run:
 # ------------------------------------------------------------------------------------------------------- at a step
 
 
-@pytest.mark.parametrize(("iteration", "step"), [(0, "rollout"), (1, "score"), (1, "rollout"), (2, "score")])
+@pytest.mark.parametrize(("iteration", "step"), [(0, "rollout"), (1, "score")])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(kind, lab, whole, tmp_path, monkeypatch, iteration, step):
     """Row 42: k iterations, a kill in the next one, resume, N - k: weights, optimizer, progress and metrics bit for bit."""
     copy = place(lab, tmp_path)
@@ -226,9 +226,9 @@ def undisturbed(lab, tmp_path_factory) -> Run:
     return place(lab, tmp_path_factory.mktemp("undisturbed")).run("ppo", *SHORT)
 
 
-@pytest.mark.parametrize("number", [1, 8, 15, 22, 29, 36, 43])
+@pytest.mark.parametrize("number", [1, 11, 21, 31, 41])
 def test_a_kill_at_some_writes_costs_nothing(lab, undisturbed, tmp_path, number):
-    """SIGKILL at the first, the eighth, … change of a file; the rest are in the slow test."""
+    """SIGKILL at the first, the eleventh, … change of a file; the rest are in the slow test."""
     assert kill_and_resume(undisturbed, place(lab, tmp_path), number)
 
 
