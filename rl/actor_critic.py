@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from truthward import models
 from truthward.branches import Forest
-from truthward.tensors import token_entropy, token_logprobs
+from truthward.head import head_logprobs, head_logprobs_plainly
+from truthward.products import quicken
 
 
 class PolicyOutput(NamedTuple):
-    """Log-probabilities of the answer tokens ``[N]``, nats, and the entropies there ``[N]`` where they were asked for."""
+    """Log-probabilities of the answer tokens ``[N]``, and the entropies there ``[N]``; nats."""
 
     logprobs: Tensor
-    entropy: Tensor | None
+    entropy: Tensor
 
 
 class ActorCritic(nn.Module):
@@ -77,6 +78,7 @@ class ActorCritic(nn.Module):
             self.value_head = nn.Linear(base.config.hidden_size, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        quicken(self)
         self._settle()
 
     def forward(self, task: str, forest: Forest, *, temperature: float | None = None, entropy: bool = False) -> Any:
@@ -85,7 +87,7 @@ class ActorCritic(nn.Module):
         Args:
             forest: prompts with their answers, on this module's device.
             temperature: of the log-probabilities, if not that of sampling.
-            entropy: whether the policy's entropies are wanted.
+            entropy: whether the policy's entropies are to have gradients.
         """
         hidden = self._hidden(task, forest)
         if task == "reward":  # at the last token, where the preference model was trained to give it
@@ -93,10 +95,11 @@ class ActorCritic(nn.Module):
         before = hidden[forest.row, forest.source]  # the state that predicts each answer token
         if task == "value":
             return self.value_head(before.float()).squeeze(-1)
-        with self._precision(task):
-            logits = self._of(task).get_output_embeddings()(before)
-        heat = self.temperature if temperature is None else temperature
-        return PolicyOutput(token_logprobs(logits, forest.target, heat), token_entropy(logits, heat) if entropy else None)
+        head, heat = self._of(task).get_output_embeddings(), self.temperature if temperature is None else temperature
+        if entropy or self._mixed(task):
+            with self._precision(task):
+                return PolicyOutput(*head_logprobs_plainly(head, before, forest.target, heat))
+        return PolicyOutput(*head_logprobs(head, before, forest.target, heat))
 
     def trainable(self, part: str) -> dict[str, nn.Parameter]:
         """Name -> parameter of ``policy`` or ``value``, from a fixed list rather than from what requires a gradient now."""
@@ -167,9 +170,11 @@ class ActorCritic(nn.Module):
             )
 
     def _precision(self, task: str) -> Any:
+        return torch.autocast(self._of(task).device.type, self.dtype) if self._mixed(task) else contextlib.nullcontext()
+
+    def _mixed(self, task: str) -> bool:
         """A policy with weights of its own keeps them in fp32 and computes in the base's type."""
-        own = task == "policy" and self.policy is not None and self.dtype != torch.float32
-        return torch.autocast(self._of(task).device.type, self.dtype) if own else contextlib.nullcontext()
+        return task == "policy" and self.policy is not None and self.dtype != torch.float32
 
     @contextlib.contextmanager
     def _using(self, task: str) -> Iterator[None]:

@@ -20,13 +20,14 @@ from truthward import hardware, models
 from truthward.branches import Item
 from truthward.console import progress, say
 from truthward.guard import check_start
+from truthward.head import scoring_head
 from truthward.ledger import Run
 from truthward.records import by_prompt, draw, read_preferences
 from truthward.score import answer_sums
 from truthward.stage import main
 from truthward.tables import Recipe
 from truthward.tracking import tracked
-from truthward.trainers import fit, plant_pairs, refuse_long, scoring_head, to_row, trainer_arguments
+from truthward.trainers import fit, plant_pairs, refuse_long, to_row, trainer_arguments
 
 
 class SoftDpoTrainer(DPOTrainer):

@@ -131,7 +131,7 @@ class Learner:
         if table.kl_form != "reward":
             estimator = k2_loss if table.kl_form == "k2" else k3_loss
             losses = losses + progress.kl_coef * estimator(policy.logprobs, old, ref)
-        if policy.entropy is not None:
+        if table.entropy_coef:
             losses = losses - table.entropy_coef * policy.entropy
         total = (piece.weights * losses).sum()
         self.accelerator.backward(total)

@@ -12,7 +12,7 @@ import torch
 from trl import SFTTrainer
 
 from truthward.errors import UserError
-from truthward.trainers import scoring_head
+from truthward.head import scoring_head
 
 IGNORE = -100
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from sft.trainer import IGNORE, LeanSftTrainer, require_labels
-from truthward import trainers
+from truthward import head
 from truthward.errors import UserError
 from truthward.ledger import Run
 from truthward.models import lora_config
@@ -142,7 +142,7 @@ def test_token_accuracy_is_a_share_of_the_steps_labelled_tokens(sharp, tmp_path,
 @pytest.mark.parametrize("chunk", [1, 3, 256])
 def test_the_head_by_chunks_is_the_plain_head(monkeypatch, trained, chunk):
     """log softmax, and the gradients of a weighted sum by states, weight and bias, against torch's own."""
-    monkeypatch.setattr(trainers, "HEAD_TOKENS", chunk)
+    monkeypatch.setattr(head, "HEAD_TOKENS", chunk)
     hidden, weight, bias, by = torch.randn(7, 5) * 2, torch.randn(11, 5), torch.randn(11), torch.randn(7)
     target = torch.randint(0, 11, (7,))
     sides = []
@@ -151,7 +151,8 @@ def test_the_head_by_chunks_is_the_plain_head(monkeypatch, trained, chunk):
     logits = torch.nn.functional.linear(*sides[0])
     target[2] = logits[2].argmax()
     plain = logits.log_softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
-    logprobs, likeliest = trainers.TokenLogprobs.apply(*sides[1], target)
+    logprobs, likeliest, entropy = head.TokenLogprobs.apply(*sides[1], target, 1.0, True)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
     torch.testing.assert_close(logprobs, plain)
     assert likeliest.bool().tolist() == (logits.argmax(1) == target).tolist()
     (plain * by).sum().backward()
@@ -166,7 +167,7 @@ def test_the_head_is_itself_again_after(sharp):
     """Inside, log p of the targets; after, also after an error, logits as ever."""
     model, ids = sharp[0], torch.tensor([[5, 6, 7]])
     before = model(input_ids=ids).logits
-    with pytest.raises(ZeroDivisionError), trainers.scoring_head(model, ids[0, 1:], torch.tensor([[True, True, False]])):
+    with pytest.raises(ZeroDivisionError), head.scoring_head(model, ids[0, 1:], torch.tensor([[True, True, False]])):
         logprobs, _ = model(input_ids=ids).logits
         raise ZeroDivisionError
     expected = before.log_softmax(-1)[0, [0, 1], ids[0, 1:]]

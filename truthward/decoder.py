@@ -320,7 +320,9 @@ def supports(model: Any) -> bool:
 def is_plain(model: Any) -> bool:
     """Whether its linear layers hold plain weights, with nothing wrapped around them."""
     wanted = (QUERY, KEY, VALUE, OUT, GATE, UP, DOWN)
-    return all(type(m) is nn.Linear for n, m in model.named_modules() if n.endswith(wanted) or n == "lm_head")
+    return all(
+        type(m) in (nn.Linear, products.Linear) for n, m in model.named_modules() if n.endswith(wanted) or n == "lm_head"
+    )
 
 
 def plain_copy(shell: Any, weights: Iterable[tuple[str, Tensor]]) -> Any:

@@ -7,8 +7,8 @@ import os
 import time
 
 import torch
-from torch.nn import functional as F
 
+from truthward import products
 from truthward.ledger import Run
 from truthward.tables import Model
 
@@ -24,11 +24,12 @@ def measure_dtypes(rows: int = 256, width: int = 576, depth: int = 1536) -> dict
     device = "cuda" if torch.cuda.is_available() else "cpu"
     speeds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x, weight = (torch.ones(n, width, dtype=dtype, device=device) for n in (rows, depth))
+        x = torch.ones(rows, width, dtype=dtype, device=device)
+        layer = products.Linear(width, depth, bias=False, dtype=dtype, device=device).requires_grad_(False)
         best = float("inf")
         for _ in range(7):
             start = time.perf_counter()
-            F.linear(x, weight)
+            layer(x)
             if device == "cuda":
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)

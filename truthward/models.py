@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from truthward import chat
+from truthward import chat, products
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory
 
@@ -143,7 +143,7 @@ def load(run: Run, dtype: torch.dtype = torch.float32) -> Any:
     for link in links[full + 1 :]:
         model = merge(model, link.model_dir)
     model.config.use_cache = True
-    return model.to(dtype).eval()
+    return products.quicken(model.to(dtype)).eval()
 
 
 def merge(model: Any, adapter: Path) -> Any:

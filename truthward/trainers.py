@@ -1,22 +1,15 @@
-"""What SFT, reward and DPO share around a TRL trainer: rows, the LM head, arguments from the recipe, metrics, the guard,
-exact resume.
-
-Shapes: N tokens, H hidden, V words.
-"""
+"""What SFT, reward and DPO share around a TRL trainer: rows, arguments from the recipe, metrics, the guard, exact resume."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from truthward import chat
@@ -25,14 +18,13 @@ from truthward.console import progress
 from truthward.errors import UserError
 from truthward.guard import check_finite
 from truthward.ledger import Run
+from truthward.products import quicken
 from truthward.recipe import exact_div
 from truthward.records import Preference
 from truthward.tables import Launch, Training
 from truthward.tracking import Tracker
 
 datasets.disable_progress_bars()
-
-HEAD_TOKENS = 256  # tokens whose logits are held at once: 50 MB in fp32 at 49,152 words
 
 
 def trainer_arguments(table: Training, launch: Launch, run: Run, seed: int) -> dict[str, Any]:
@@ -88,6 +80,7 @@ def fit(trainer: Any, tracker: Tracker, description: str) -> int:
         for held in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == callback]:
             trainer.remove_callback(held)
     trainer.add_callback(_Report(tracker, description))
+    quicken(trainer.model)  # the adapters that the trainer added
     trainer.create_model_card = lambda *args, **kwargs: None  # the record is ours, at export
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state.global_step
@@ -154,76 +147,6 @@ def plant_pairs(rows: list[dict[str, Any]]) -> tuple[Forest, dict[str, Tensor]]:
         first += len(r["answer_ids"])
     probability = torch.tensor([p for r in rows for p in r["probability"]])
     return forest, {"pairs": torch.tensor(pairs), "probability": probability, "weight": torch.tensor(weight)}
-
-
-# ------------------------------------------------------------------------------------------------------------ the LM head
-
-
-@contextmanager
-def scoring_head(model: Any, target_N: Tensor, keep_BT: Tensor | None = None) -> Iterator[None]:
-    """Within, a model's LM head gives log p of targets instead of logits, without ever holding all of them.
-
-    The model is still called as a whole, so that whatever wraps it (adapters, DDP, DeepSpeed) does its part; what it returns
-    as ``logits`` is ``[2, N]``: log-probabilities (nats, fp32), and 1 where the target is the likeliest word, else 0.
-
-    Args:
-        target_N: the words, one for each position that reaches the head.
-        keep_BT: bool, which of these positions have a target; None: all.
-    """
-    head = model.get_output_embeddings()
-
-    def forward(hidden: Tensor) -> Tensor:
-        hidden_NH = hidden.flatten(0, -2) if keep_BT is None else hidden[keep_BT]
-        return torch.stack(TokenLogprobs.apply(hidden_NH, head.weight, head.bias, target_N))
-
-    head.forward = forward  # on the instance, over the class's own
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """``log p_n = z_n[t_n] - logsumexp(z_n)``, ``z = h W^T + b``, by chunks of ``HEAD_TOKENS`` tokens.
-
-    A token's log-probability depends on its own hidden state alone, so the forward pass can leave its gradient by that
-    state, ``d_n = W[t_n] - softmax(z_n) W``: ``[N, H]`` in place of logits ``[N, V]``. The backward pass is ``g_n d_n``.
-    Only where the head itself is trained are the logits made again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor) -> Any:
-        logprobs, likeliest, slopes = [], [], []
-        for h, t in zip(hidden_NH.split(HEAD_TOKENS), target_N.split(HEAD_TOKENS), strict=True):
-            z = F.linear(h, weight_VH, bias_V).float()
-            top, z_t = z.amax(1, keepdim=True), z.gather(1, t.unsqueeze(1))
-            e = z.sub_(top).exp_()
-            total = e.sum(1, keepdim=True)
-            logprobs.append((z_t - top - total.log()).squeeze(1))
-            likeliest.append((z_t >= top).squeeze(1).float())
-            slopes.append(weight_VH[t] - e.div_(total).to(weight_VH.dtype) @ weight_VH)
-        ctx.save_for_backward(torch.cat(slopes), hidden_NH, weight_VH, bias_V, target_N)
-        flags = torch.cat(likeliest)
-        ctx.mark_non_differentiable(flags)
-        return torch.cat(logprobs), flags
-
-    @staticmethod
-    def backward(ctx: Any, g_N: Tensor, _: Tensor) -> Any:
-        slope_NH, hidden_NH, weight_VH, bias_V, target_N = ctx.saved_tensors
-        by_hidden = g_N.unsqueeze(1) * slope_NH
-        by_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
-        by_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
-        if by_weight is None and by_bias is None:
-            return by_hidden.to(hidden_NH.dtype), None, None, None
-        pieces = (x.split(HEAD_TOKENS) for x in (hidden_NH, target_N, g_N))
-        for h, t, g in zip(*pieces, strict=True):
-            by_z = F.linear(h, weight_VH, bias_V).float().softmax(1).mul_(-g.unsqueeze(1))
-            by_z = by_z.scatter_add_(1, t.unsqueeze(1), g.unsqueeze(1)).to(weight_VH.dtype)
-            if by_weight is not None:
-                by_weight.addmm_(by_z.T, h)
-            if by_bias is not None:
-                by_bias += by_z.sum(0)
-        return by_hidden.to(hidden_NH.dtype), by_weight, by_bias, None
 
 
 # ------------------------------------------------------------------------------------------------------------ while it runs
