@@ -119,7 +119,9 @@ class PpoRun:
         rows = [row for row in chosen for _ in range(table.group_size)]
         self.sampler.refresh()
         seeds = [draw_seed(seed, iteration, k, row) for k, row in enumerate(rows)]
-        return self.sampler.sample([self.prompts[r] for r in rows], seeds, tick=bar)
+        batch = self.sampler.sample([self.prompts[r] for r in rows], seeds, tick=bar)
+        self.sampler.release()  # the policy is about to change, and the update needs the memory
+        return batch
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:

@@ -96,7 +96,7 @@ class Sampler:
         Raises:
             UserError: this machine or this architecture can't be sampled in the precision asked for.
         """
-        self.model = None  # the old copy goes before the new one comes
+        self.release()  # the old copy goes before the new one comes
         shell, weights = self.actor_critic.policy_shell(), self.actor_critic.policy_weights()
         if supports(shell):
             self.model = Decoder.pack(shell, weights, self.precision)
@@ -105,6 +105,10 @@ class Sampler:
         else:
             name = type(shell).__name__
             raise UserError(f"{name} is sampled by its own forward", where="precision", fix='use "exact"')
+
+    def release(self) -> None:
+        """Give up the weights and their memory until the next refresh."""
+        self.model = None
 
     def sample(self, prompts: list[list[int]], seeds: list[int], tick: Callable[[int], None] = lambda n: None) -> Batch:
         """One answer for each prompt."""
