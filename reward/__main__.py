@@ -28,7 +28,7 @@ def run(recipe: Recipe, this: Run) -> None:
     tokenizer = models.load_tokenizer(parent)
     constitution = this.parent("preferences").path if "preferences" in this.manifest["parents"] else None
     groups = by_prompt(read_preferences(table.preferences, constitution, cross=True))
-    groups = draw(groups, table.max_pairs, recipe.seed)
+    groups = draw(groups, table.max_prompts, recipe.seed)
     refuse_pad(tokenizer, groups)
     rows = [to_row(tokenizer, group) for group in groups]
     refuse_long([longest(row) for row in rows], table.max_length, "prompts with an answer", "reward.max_length")

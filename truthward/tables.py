@@ -73,7 +73,7 @@ class Reward(Training):
     preferences: list[str] = Field(
         ["data/truth/train", "constitution"], min_length=1, description="truth banks, preference files or constitution"
     )
-    max_pairs: int = Field(2000, ge=2, description="use at most this many pairs, drawn by seed")
+    max_prompts: int = Field(2000, ge=1, description="use at most this many prompts, each with all its pairs, drawn by seed")
     validation: str = Field("data/truth/dev", description="labelled questions for the validation accuracy")
     center_coef: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps rewards near 0")
 
