@@ -32,6 +32,8 @@ FREE = (
     "ppo.learning_rate=3e-3",
     "ppo.iterations=30",
 )  # no KL penalty, small steps: the whole way out is seen
+Points = tuple[np.ndarray, np.ndarray]  # sqrt(KL) and gold's gain over the first model
+Fitting = Callable[[np.ndarray, np.ndarray], tuple[float, float, float]]
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 0.975, by freedom
 
 
@@ -151,18 +153,23 @@ def fit_rl(d: np.ndarray, gain: np.ndarray) -> tuple[float, float, float]:
     return float(a), float(b), math.exp(min(a / b - 1, 99)) if b > 0 else math.inf
 
 
-def fitted(points: list[tuple[np.ndarray, np.ndarray]], fit: Callable[..., tuple[float, float, float]]) -> Fit:
-    """A fit to all seeds' points with percentile intervals over 2000 draws of whole seeds."""
-    draw, whole = np.random.default_rng(0), fit(*(np.concatenate(axis) for axis in zip(*points, strict=True)))
-    samples = []
-    for _ in range(2000):
-        chosen = [points[i] for i in draw.integers(0, len(points), len(points))]
-        samples.append(fit(*(np.concatenate(axis) for axis in zip(*chosen, strict=True))))
-    low, high = np.percentile(np.array(samples), [2.5, 97.5], axis=0, method="nearest")
+def fitted(points: list[Points], fit: Fitting) -> Fit:
+    """A fit to all seeds' points with percentile intervals over :func:`redrawn`."""
+    whole = fit(*(np.concatenate(axis) for axis in zip(*points, strict=True)))
+    low, high = np.percentile(redrawn(points, fit), [2.5, 97.5], axis=0, method="nearest")
     return Fit(*zip(whole, low.tolist(), high.tolist(), strict=True))
 
 
-def bon_points(result: Result) -> tuple[np.ndarray, np.ndarray]:
+def redrawn(points: list[Points], fit: Fitting, draws: int = 2000) -> np.ndarray:
+    """The fit to each of so many draws of whole seeds, ``[draws, 3]``."""
+    draw, found = np.random.default_rng(0), []
+    for _ in range(draws):
+        chosen = [points[i] for i in draw.integers(0, len(points), len(points))]
+        found.append(fit(*(np.concatenate(axis) for axis in zip(*chosen, strict=True))))
+    return np.array(found)
+
+
+def bon_points(result: Result) -> Points:
     """sqrt(KL) and gold's gain over the first model, of best-of-n for n = 2, 4, ... up to an eighth of the pool."""
     proxy, truth = result.pool
     sizes = [2**k for k in range(1, int(math.log2(len(truth) / 4)) + 1)]
@@ -170,7 +177,7 @@ def bon_points(result: Result) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt([kl_best_of(n) for n in sizes]), np.array([best_of(proxy, truth, n) - base for n in sizes])
 
 
-def rl_points(result: Result) -> tuple[np.ndarray, np.ndarray]:
+def rl_points(result: Result) -> Points:
     """sqrt(KL) and gold's gain over the first model at each iteration of PPO that has left it."""
     kl, gold = np.array(result.curve.kl), np.array(result.curve.gold)
     left = kl > 0.01  # the estimate of a KL near 0 can be negative
@@ -227,11 +234,19 @@ def tables(results: dict[str, list[Result]]) -> str:
 
 
 def draw(results: dict[str, list[Result]], path: Path) -> None:
-    """Three panels: gold climbed by each estimator, best-of-n and PPO against both proxies; bands are 95 % t intervals."""
+    """Three panels: gold climbed by each estimator, best-of-n and PPO against both proxies; bands are over seeds, 95 %."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "truthward", "font.size": 9, "axes.spines.top": False})
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "truthward",
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
     from matplotlib import pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
@@ -241,7 +256,7 @@ def draw(results: dict[str, list[Result]], path: Path) -> None:
         x = np.arange(1, len(bands) + 1)
         (line,) = left.plot(x, [b.mean for b in bands], label=name)
         left.fill_between(x, [b.low for b in bands], [b.high for b in bands], alpha=0.12, color=line.get_color(), lw=0)
-    left.set(title="Gold is the reward", xlabel="iteration", ylabel="gold of the sampled answers, mean")
+    left.set(title="Gold is the reward", xlabel="iteration (64 answers each)", ylabel="gold, mean of the answers")
     panels = ((middle, "Best of n by the proxy", bon_points, fit_bon), (right, "PPO against the proxy", rl_points, fit_rl))
     for axes, title, points, fit in panels:
         for (name, labels), colour in zip(LABELS.items(), ("tab:red", "tab:blue"), strict=True):
@@ -249,8 +264,11 @@ def draw(results: dict[str, list[Result]], path: Path) -> None:
             d, gain = (np.concatenate(axis) for axis in zip(*runs, strict=True))
             a, b, _ = fit(d, gain)
             x = np.linspace(0.05, d.max(), 100)
+            bend = x if fit is fit_bon else np.log(x)
+            band = np.percentile([x * (a - b * bend) for a, b, _ in redrawn(runs, fit, 500)], [2.5, 97.5], axis=0)
             axes.scatter(d, gain, s=6, alpha=0.3, color=colour, lw=0)
-            axes.plot(x, x * (a - b * (x if fit is fit_bon else np.log(x))), color=colour, label=f"{labels} labels, fit")
+            axes.fill_between(x, *band, alpha=0.12, color=colour, lw=0)
+            axes.plot(x, x * (a - b * bend), color=colour, label=f"{labels} labels, fit")
         axes.axhline(0, color="grey", lw=0.6)
         axes.set(title=title, xlabel="sqrt(KL from the first model), sqrt(nats)", ylabel="gold, gain over the first model")
     for axes in (left, middle, right):
