@@ -178,10 +178,9 @@ def bon_points(result: Result) -> Points:
 
 
 def rl_points(result: Result) -> Points:
-    """sqrt(KL) and gold's gain over the first model at each iteration of PPO that has left it."""
-    kl, gold = np.array(result.curve.kl), np.array(result.curve.gold)
-    left = kl > 0.01  # the estimate of a KL near 0 can be negative
-    return np.sqrt(kl[left]), gold[left] - statistics.fmean(result.pool[1])
+    """sqrt(KL) and gold's gain over the first model at each iteration of PPO."""
+    kl = np.maximum(result.curve.kl, 1e-6)  # the estimate of a KL near 0 can be negative
+    return np.sqrt(kl), np.array(result.curve.gold) - statistics.fmean(result.pool[1])
 
 
 def falls(results: list[Result]) -> list[float]:
@@ -197,7 +196,7 @@ def falls(results: list[Result]) -> list[float]:
 
 def tables(results: dict[str, list[Result]]) -> str:
     """What the study found, as text."""
-    lines = ["against gold: its mean over the first and the last fifth of the answers; 95 % t intervals over seeds"]
+    lines = ["against gold: its mean in the first iteration, and in the last fifth of them; 95 % t intervals over seeds"]
     for name in ESTIMATORS:
         runs = results[name]
         gain = t_interval([end(r.curve) - r.curve.gold[0] for r in runs])
@@ -263,12 +262,13 @@ def draw(results: dict[str, list[Result]], path: Path) -> None:
             runs = [points(r) for r in results[name]]
             d, gain = (np.concatenate(axis) for axis in zip(*runs, strict=True))
             a, b, _ = fit(d, gain)
-            x = np.linspace(0.05, d.max(), 100)
+            x = np.linspace(0.05, d.max(), 40)
             bend = x if fit is fit_bon else np.log(x)
             band = np.percentile([x * (a - b * bend) for a, b, _ in redrawn(runs, fit, 500)], [2.5, 97.5], axis=0)
-            axes.scatter(d, gain, s=6, alpha=0.3, color=colour, lw=0)
+            axes.scatter(d, gain, s=5, alpha=0.25, color=colour, lw=0)
             axes.fill_between(x, *band, alpha=0.12, color=colour, lw=0)
             axes.plot(x, x * (a - b * bend), color=colour, label=f"{labels} labels, fit")
+            axes.plot(*np.mean(runs, axis=0), color=colour, ls=":", marker=".", ms=4, label="mean over seeds")
         axes.axhline(0, color="grey", lw=0.6)
         axes.set(title=title, xlabel="sqrt(KL from the first model), sqrt(nats)", ylabel="gold, gain over the first model")
     for axes in (left, middle, right):
