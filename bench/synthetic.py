@@ -142,13 +142,13 @@ class Fit(NamedTuple):
 
 
 def fit_bon(d: np.ndarray, gain: np.ndarray) -> tuple[float, float, float]:
-    """Least squares of ``R(d) = d (a - b d)`` (Gao et al. 2023, arXiv 2210.10760, eq. 1): a, b and the peak a / 2b."""
+    """Least squares of ``R(d) = d (a - b d)`` (Gao et al. 2023, arXiv 2210.10760, section 1): a, b and the peak a / 2b."""
     (a, b), *_ = np.linalg.lstsq(np.stack([d, -(d**2)], 1), gain, rcond=None)
     return float(a), float(b), float(a / (2 * b)) if b > 0 else math.inf
 
 
 def fit_rl(d: np.ndarray, gain: np.ndarray) -> tuple[float, float, float]:
-    """Least squares of ``R(d) = d (a - b log d)`` (the same paper, eq. 2): a, b and the peak exp(a/b - 1)."""
+    """Least squares of ``R(d) = d (a - b log d)`` (the same paper): a, b and the peak exp(a/b - 1)."""
     (a, b), *_ = np.linalg.lstsq(np.stack([d, -d * np.log(d)], 1), gain, rcond=None)
     return float(a), float(b), math.exp(min(a / b - 1, 99)) if b > 0 else math.inf
 
