@@ -12,7 +12,7 @@ from peft import PeftModel
 from ppo_lab import assert_same, disturb, files, gradient, lasting, place, policy_logprobs, sampled
 from test_rewards import letters, llama, save
 
-from rl import state
+from rl import actor_critic, state
 from rl.ppo import PpoRun
 from truthward import models
 from truthward.errors import UserError
@@ -143,20 +143,20 @@ def test_the_first_ratio_is_one(scored):
     assert (ratio - 1).abs().max() < 1e-5
 
 
-def test_memory_one_base_and_logits_of_answers_alone(scored):
+def test_memory_one_base_and_logits_of_answers_alone(scored, monkeypatch):
     """ "Four models, and logits of every position." One base under four adapters; the head sees answer tokens only."""
     ppo, batch, *_ = scored
-    base = ppo.actor_critic.policy_shell()
-    weights = [n for n, _ in ppo.actor_critic.named_parameters() if n.endswith("q_proj.base_layer.weight")]
-    assert len(weights) == base.config.num_hidden_layers
-    seen = []
-    hook = base.get_output_embeddings().register_forward_hook(lambda _, inputs, out: seen.append(out.shape))
+    layers = ppo.actor_critic.policy_shell().config.num_hidden_layers
+    names = [n for n, _ in ppo.actor_critic.named_parameters()]
+    assert sum(n.endswith("q_proj.base_layer.weight") for n in names) == layers
+    head, seen = actor_critic.head_logprobs, []
+    monkeypatch.setattr(
+        actor_critic, "head_logprobs", lambda h, states, *a: (seen.append(len(states)), head(h, states, *a))[1]
+    )
     with torch.no_grad():
-        forest = batch.forest(list(range(8)))
         for task in ("policy", "reference", "value", "reward"):
-            ppo.actor_critic(task, forest)
-    hook.remove()
-    assert seen == [(batch.answer_tokens, base.config.vocab_size)] * 2
+            ppo.actor_critic(task, batch.forest(list(range(8))))
+    assert seen == [batch.answer_tokens] * 2 != [batch.tokens] * 2
 
 
 def test_accumulation_gives_the_same_gradient(lab):
