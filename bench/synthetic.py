@@ -183,6 +183,11 @@ def rl_points(result: Result) -> Points:
     return np.sqrt(kl), np.array(result.curve.gold) - statistics.fmean(result.pool[1])
 
 
+def rise(result: Result) -> float:
+    """How far the proxy's score went up in a run, in standard deviations of its scores of the first model's answers."""
+    return (statistics.fmean(result.curve.proxy[-3:]) - result.curve.proxy[0]) / statistics.pstdev(result.pool[0])
+
+
 def falls(results: list[Result]) -> list[float]:
     """Gold at the end less gold where the mean of the *other* seeds was highest: choosing and measuring stay apart."""
     curves = np.array([r.curve.gold for r in results])
@@ -221,11 +226,13 @@ def tables(results: dict[str, list[Result]]) -> str:
         for what, fit in (("best-of-n", best), ("PPO", ppo)):
             numbers = "  ".join(f"{k} {v:.3f} [{low:.3f}, {high:.3f}]" for k, (v, low, high) in fit._asdict().items())
             lines.append(f"    {what:10} {numbers}")
+        rose = t_interval([rise(r) for r in runs])
         largest = t_interval([float(bon_points(r)[1][-1]) for r in runs])
         final = t_interval([end(r.curve) - statistics.fmean(r.pool[1]) for r in runs])
-        rise = t_interval([statistics.fmean(r.curve.proxy[-3:]) - r.curve.proxy[0] for r in runs])
         lines.append(f"    gain of the best of the largest n {largest.signed()}; PPO's at its end {final.signed()}")
-        lines.append(f"    PPO's end less its peak {t_interval(falls(runs)).signed()}; the proxy meanwhile {rise.signed()}")
+        lines.append(
+            f"    PPO's end less its peak {t_interval(falls(runs)).signed()}; the proxy rose {rose.signed()} deviations"
+        )
     return "\n".join(lines)
 
 

@@ -49,15 +49,16 @@ def test_each_estimator_climbs_gold(world, kind):
 @pytest.mark.parametrize("kind", ESTIMATORS.values())
 def test_each_estimator_climbs_gold_on_every_seed(world, kind):
     """Five seeds, the seed as the unit: the 95 % interval of the gain lies above 0.05 (half a standard deviation)."""
-    assert t_interval(gains(world, kind, seeds=5, iterations=20)).low > 0.05
+    assert t_interval(gains(world, kind, seeds=5, iterations=12)).low > 0.05
 
 
 @pytest.mark.slow
 def test_a_weak_proxy_is_over_optimised(world):
     """The proxy goes on rising while gold falls from its peak, over three proxies of 200 labels each."""
-    results = [synthetic.work(world, synthetic.Job("few", seed, FREE, 200, 512)) for seed in range(3)]
+    short = (*FREE, "ppo.iterations=20")
+    results = [synthetic.work(world, synthetic.Job("few", seed, short, 200, 512)) for seed in range(3)]
     assert t_interval(synthetic.falls(results)).high < 0
-    assert t_interval([r.curve.proxy[-1] - r.curve.proxy[0] for r in results]).low > 0
+    assert t_interval([synthetic.rise(r) for r in results]).low > 1
 
 
 def test_the_study_runs(tmp_path):
@@ -135,6 +136,12 @@ def test_a_fit_s_interval_is_over_seeds():
     d = np.linspace(0.1, 3, 30)
     value, low, high = fitted([(d, d * (a - 0.2 * d)) for a in (1, 3)], fit_bon).a
     assert (value, low, high) == pytest.approx((2, 1, 3))
+
+
+def test_a_rise_is_in_the_first_model_s_deviations():
+    """From 1 to a mean of 6 over the last three, where the first model's scores are 0 and 4: (6 - 1) / 2."""
+    curve = task.Curve([0.0] * 4, [1.0, 5.0, 6.0, 7.0], [0.0] * 4)
+    assert synthetic.rise(synthetic.Result(curve, 0.5, ([0.0, 4.0], [0.0, 0.0]), 0.0)) == 2.5
 
 
 def test_student_s_interval():
