@@ -2,10 +2,10 @@
 
 ``python bench/ppo.py runs/laptop [--trl .venv-trl/bin/python]`` on a finished demo. TRL 1.12 lives in an environment of its
 own (``make bench-ppo`` makes it). Both sides start from the demo's SFT model in fp32 and score by its preference model.
-Both have the same 32 prompts in every iteration, token by token, the same longest answer, sampling temperature, epochs,
+Both have the same 16 prompts in every iteration, token by token, the same longest answer, sampling temperature, epochs,
 minibatches, rows a forward pass in training, LoRA rank, rates, coefficients and threads, and stop an answer at its end.
 
-Left as each has it: TRL generates and scores ``TRL_FORWARD_BATCH`` rows at once by one setting, while we generate 32 and
+Left as each has it: TRL generates and scores ``TRL_FORWARD_BATCH`` rows at once by one setting, while we generate all and
 score by micro-batches; TRL takes one optimizer step an epoch, since its accumulation runs across minibatches, while we
 take two; TRL doesn't clip gradients. Early stopping, which TRL lacks, is off.
 
@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SETTINGS: dict[str, Any] = {
-    "rollouts": 32,
+    "rollouts": 16,
     "epochs": 2,
     "minibatches": 2,
     "micro_batch_size": 4,
@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "lora_rank": 16,
     "lora_alpha": 32,
 }
-TRL_FORWARD_BATCH = 32
+TRL_FORWARD_BATCH = 16
 PARTS = ("rollout", "score", "update")
 WIDTHS = (12, 7, 9, 7, 8, 9, 7, 15, 4)
 SIDES = ("truthward-lora", "truthward-full", "trl-lora", "trl-critic", "trl-full")
