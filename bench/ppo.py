@@ -136,11 +136,11 @@ def newest(runs: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- the parent and its table
 
 
-def child(command: list[str], threads: int) -> None:
+def child(command: list[str], threads: int, quiet: bool = False) -> None:
     """Run to its end. The parent stays small, as a process inherits the peak memory of the one that started it."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(threads)), "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL if quiet else None)
 
 
 def measure(side: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def measure(side: str, options: argparse.Namespace, work: Path) -> dict[str, Any
     else:
         command = [sys.executable, __file__, str(options.runs), "--work", str(work), "--threads", str(options.threads)]
         command += ["--child", tune, "--iterations", str(iterations)]
-    child(command, options.threads)
+    child(command, options.threads, quiet=True)  # its rows come by file; TRL prints more than them
     result = json.loads(out.read_text())
     return {"iterations": result["iterations"][1:], "peak_gb": result["peak_gb"]}
 
