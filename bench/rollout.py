@@ -34,7 +34,7 @@ def main(run_dir: str, repeats: int = 5) -> None:
     """Time all contenders and print the table."""
     hardware.use_threads(0)
     run = Run.load(run_dir)
-    model, tokenizer = models.load(run), models.load_tokenizer(run)
+    model, tokenizer = models.compose(run), models.load_tokenizer(run)
     rows = read_rows("data/prompts.jsonl", Prompt)[:COUNT]
     prompts = [chat.prompt_ids(tokenizer, chat.user(row.prompt)) for row in rows]
     eos, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -61,7 +61,7 @@ def main(run_dir: str, repeats: int = 5) -> None:
             print(f"{name}: {rates[name][-1]:.0f} tokens/s", file=sys.stderr, flush=True)
     medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
     plain = product_seconds(packed["exact"], linear=True)
-    print(f"GEMM (F.linear, 256 rows): {hardware.measure_dtypes()} GFLOP/s; {torch.get_num_threads()} threads")
+    print(f"GEMM (oneDNN, 256 rows): {hardware.measure_dtypes()} GFLOP/s; {torch.get_num_threads()} threads")
     print(f"{COUNT} prompts, up to {LIMIT} tokens, medians of {repeats}")
     print(f"{'':22} {'tokens/s':>8} {'ratio':>6} {'tokens':>7} {'of allowed':>10} {'by F.linear':>11} {'gap':>8}")
     for name, rate in medians.items():

@@ -89,7 +89,7 @@ def theirs(stage: str, run: Run, options: dict[str, Any]) -> Any:
 
     from reward.__main__ import position_scorer, sequence_classifier
 
-    model, tokenizer, kind = models.load(run), models.load_tokenizer(run), stage.removesuffix("-all")
+    model, tokenizer, kind = models.compose(run), models.load_tokenizer(run), stage.removesuffix("-all")
     lora = models.lora_config(16, 32, "SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
     make: Any
     config: Any
