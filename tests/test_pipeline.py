@@ -125,7 +125,7 @@ def kill_in(runs: Path, name: str) -> None:
 def metrics(path: Path) -> list[dict]:
     """What was logged, but for the times."""
     with open(path / "metrics.jsonl") as file:
-        return [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in file]
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith(("seconds/", "gemm_share/"))} for line in file]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
