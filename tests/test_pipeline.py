@@ -125,7 +125,8 @@ def kill_in(runs: Path, name: str) -> None:
 def metrics(path: Path) -> list[dict]:
     """What was logged, but for the times."""
     with open(path / "metrics.jsonl") as file:
-        return [{k: v for k, v in json.loads(line).items() if not k.startswith(("seconds/", "gemm_share/"))} for line in file]
+        rows = [json.loads(line) for line in file]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "gemm_share/"))} for row in rows]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
