@@ -101,10 +101,9 @@ class PpoRun:
         metrics |= self.learner.update(batch, scores, targets, self.progress)
         self.work.lap("update", self.work.update(batch, metrics["steps"] / self.table.minibatches))
         if self.table.kl_target:
-            answer_kl = metrics["kl/answer"]
             self.progress.kl_coef = adapted_kl_coef(
                 self.progress.kl_coef,
-                answer_kl,
+                metrics["kl/answer"],
                 target=self.table.kl_target,
                 horizon=self.table.kl_horizon,
                 answers=len(batch.answers),
@@ -138,12 +137,16 @@ class PpoRun:
                 target[rows] = target[rows].masked_scatter(where, flat.cpu())
             if "reward" in self.table.rewards:
                 preference += self.actor_critic("reward", forest).tolist()
+        scores = self._ask(batch) if self.sources else {}
+        scores |= {"reward": preference}
+        return Scores([scores[name] for name in self.table.rewards], old, ref, values, entropy)
+
+    def _ask(self, batch: Batch) -> dict[str, list[float]]:
+        """Scores of the rewards that read text, by name."""
         text_of = {tuple(ids): text for ids, text in zip(self.prompts, self.texts, strict=True)}
         texts = [text_of[tuple(ids)] for ids in batch.prompts]
         answers = [chat.decode(self.tokenizer, ids) for ids in batch.answers]
-        scores = {name: source(texts, answers, batch.answers) for name, source in self.sources.items()}
-        scores |= {"reward": preference}
-        return Scores([scores[name] for name in self.table.rewards], old, ref, values, entropy)
+        return {name: source(texts, answers, batch.answers) for name, source in self.sources.items()}
 
     def advantages(self, batch: Batch, scores: Scores) -> tuple[Targets, dict[str, float]]:
         """Normalise scores by the first rollout's, take off the KL, and estimate advantages."""

@@ -34,7 +34,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype != torch.float32 or not _onednn(self.weight) or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        return linear(x, self.weight, self.bias)
+        return _Linear.apply(x, self.weight, self.bias)
 
 
 def quicken(model: nn.Module) -> nn.Module:
@@ -43,11 +43,6 @@ def quicken(model: nn.Module) -> nn.Module:
         if type(module) is nn.Linear:
             module.__class__ = Linear
     return model
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` in fp32 by oneDNN, with gradients."""
-    return _Linear.apply(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
