@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from pathlib import Path
 from typing import Any
 
 from constitution.critique import critique_request, fault, repeats, revision_request
@@ -17,7 +18,8 @@ from truthward import chat, hardware, models, stats
 from truthward.console import progress, say
 from truthward.generate import Completion, generate
 from truthward.ledger import Run, digest, write_text
-from truthward.records import Preference, Prompt, Question, Revision, draw, read_principles, read_rows, write_rows
+from truthward.principles import COPY, read_principles
+from truthward.records import Preference, Prompt, Question, Revision, draw, read_rows, write_rows
 from truthward.stage import main
 from truthward.tables import Recipe
 
@@ -34,6 +36,7 @@ class Workshop:
         self.fingerprint = parent.manifest["fingerprint"]
         self.tokenizer = models.load_tokenizer(parent)
         self.principles = read_principles(self.table.principles)
+        write_text(this.path / COPY, Path(self.table.principles).read_bytes().decode())  # byte for byte, for its hash
         dtype, _ = hardware.set_up(recipe.model, this)
         self.model = models.load(parent, dtype)
         if "judge" not in this.manifest:

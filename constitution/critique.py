@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from truthward.records import Principle
+from truthward.principles import Principle
 
 LEAKS = ("critique", "the principle", "revised answer", "rewrite", "this answer")
 

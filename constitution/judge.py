@@ -16,7 +16,8 @@ from truthward import chat, stats
 from truthward.branches import Item
 from truthward.console import progress
 from truthward.errors import UserError
-from truthward.records import Principle, Question
+from truthward.principles import Principle
+from truthward.records import Question
 from truthward.score import answer_sums
 
 METHODS = ("contrast", "likelihood")

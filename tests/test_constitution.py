@@ -17,7 +17,8 @@ from constitution.judge import Case, Judge, measure, pick, require_qualified, so
 from truthward import chat
 from truthward.errors import UserError
 from truthward.ledger import Run, plan
-from truthward.records import Preference, Principle, Prompt, Question, Revision, read_rows
+from truthward.principles import Principle
+from truthward.records import Preference, Prompt, Question, Revision, read_rows
 from truthward.stage import run_stage
 
 

@@ -1,7 +1,6 @@
 """Rows of data: every fault is one error that names file, line and field, and no input gives anything else."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -12,7 +11,6 @@ from truthward.errors import UserError
 from truthward.records import (
     Demonstration,
     Preference,
-    Principle,
     Prompt,
     Question,
     Revision,
@@ -20,7 +18,6 @@ from truthward.records import (
     draw,
     read_demonstrations,
     read_preferences,
-    read_principles,
     read_rows,
     truth_preferences,
     write_rows,
@@ -32,10 +29,6 @@ QUESTION = {"id": "q", "topic": "t", "kind": "k", "question": "Is it?", "true": 
 REVISION = {
     **dict.fromkeys(("prompt_id", "prompt", "answer", "critique", "revision", "principle", "model"), "text"),
     **{"principle_version": 1, "round": 1, "seed": 1, "score_before": -1.0, "score_after": 0.0, "helped": True},
-}
-PRINCIPLE = {
-    **dict.fromkeys(("id", "title", "text", "critique", "revision", "follow", "violate", "why"), '"text"'),
-    "version": "1",
 }
 
 
@@ -237,53 +230,3 @@ def test_a_constitution_without_preferences_adds_none_but_alone_is_refused(sourc
 
 def test_preferences_of_a_constitution_that_was_not_run_are_refused():
     assert "run the constitution stage first" in refusal(read_preferences, ["constitution"], None)
-
-
-# -------------------------------------------------------------------------------------------------------- principles
-
-
-def principles(*changes: dict[str, str]) -> str:
-    tables = [{**PRINCIPLE, "id": f'"p{i}"', **change} for i, change in enumerate(changes)]
-    return "".join("[[principle]]\n" + "".join(f"{k} = {v}\n" for k, v in t.items() if v) for t in tables)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (principles({}, {"wieght": "2.0"}), "principle 2: wieght: "),
-        (principles({"id": '"same"'}, {}, {"id": '"same"'}), "principle id used twice: same"),
-        (principles({"follow": '""'}), "principle 1: follow: "),
-        (principles({"why": ""}), "principle 1: why: Field required"),
-        (principles({"weight": "0.0"}), "principle 1: weight: "),
-        (principles({"version": '"1"'}), "principle 1: version: "),
-        ("[[principle]\n", "not valid TOML"),
-        ("# none\n", "no [[principle]] tables"),
-        ("principle = 3", ""),
-        ("[principle]\nid = 'x'", ""),
-    ],
-)
-def test_a_faulty_constitution_is_refused_by_file_and_field(tmp_path, text, message):
-    path = tmp_path / "principles.toml"
-    path.write_text(text)
-    assert refusal(read_principles, path).startswith(f"{path}: {message}")
-
-
-def test_a_constitution_that_is_not_there_or_not_text_is_refused(tmp_path):
-    path = tmp_path / "principles.toml"
-    assert f"{path}: there is no such file" in refusal(read_principles, path)
-    path.write_bytes(b"# \xff\n" + principles({}).encode())
-    assert str(path) in refusal(read_principles, path)
-
-
-def test_good_principles_are_read_in_order(tmp_path):
-    (tmp_path / "principles.toml").write_text(principles({}, {"weight": "2.0", "tags": '["truth"]'}))
-    first, second = read_principles(tmp_path / "principles.toml")
-    assert (first.id, first.weight, second.weight, second.tags) == ("p0", 1.0, 2.0, ["truth"])
-
-
-def test_the_shipped_constitution_is_whole():
-    path = Path(__file__).parent.parent / "constitution" / "principles.toml"
-    shipped = read_principles(path)
-    assert len(shipped) >= 16
-    assert all(isinstance(p, Principle) and p.follow != p.violate for p in shipped)
-    assert {p.weight for p in shipped if "truth" in p.tags} == {2.0}

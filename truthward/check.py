@@ -13,15 +13,9 @@ from rich.table import Table
 from truthward.console import console, say
 from truthward.errors import UserError
 from truthward.ledger import Planned, Run, plan
+from truthward.principles import read_principles
 from truthward.recipe import missing_reasons, require_reasons
-from truthward.records import (
-    Preference,
-    Prompt,
-    Question,
-    read_demonstrations,
-    read_principles,
-    read_rows,
-)
+from truthward.records import Preference, Prompt, Question, read_demonstrations, read_rows
 from truthward.tables import Recipe
 
 NEAR = 0.7  # share of common words from which two questions count as the same

@@ -98,22 +98,6 @@ class Revision(Row):
     why_not: str = ""
 
 
-class Principle(Row):
-    """One principle of the constitution, with every text that a stage shows a model."""
-
-    id: str = Field(min_length=1)
-    version: int = Field(ge=1)
-    title: str = Field(min_length=1)
-    text: str = Field(min_length=1)
-    critique: str = Field(min_length=1)
-    revision: str = Field(min_length=1)
-    follow: str = Field(min_length=1, description="system prompt under which an answer keeps the principle")
-    violate: str = Field(min_length=1, description="system prompt under which an answer breaks it")
-    weight: float = Field(1.0, gt=0)
-    tags: list[str] = []
-    why: str = Field(min_length=1)
-
-
 R = TypeVar("R", bound=Row)
 T = TypeVar("T")
 
@@ -143,29 +127,19 @@ def write_rows(path: Path, rows: list[Any]) -> None:
     write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))
 
 
-def read_principles(path: str | Path) -> list[Principle]:
-    """The constitution: ``[[principle]]`` tables of a TOML file.
+def validated(value: Any, kind: type[R], where: str) -> R:
+    """A value as a row of its kind.
 
     Raises:
-        UserError: not TOML, an unknown key, an empty text, or an id used twice.
+        UserError: it is none; names every key that is at fault.
     """
-    import tomllib
-
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError("there is no such file", where=str(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid TOML: {error}", where=str(path)) from error
-    if not isinstance(tree.get("principle", []), list):
-        raise UserError("principle is not a list of tables", where=str(path), fix="head each one with [[principle]]")
-    principles = [_check(t, Principle, f"{path}: principle {i}") for i, t in enumerate(tree.get("principle", []), 1)]
-    if not principles:
-        raise UserError("no [[principle]] tables", where=str(path))
-    ids = [p.id for p in principles]
-    if repeated := sorted({i for i in ids if ids.count(i) > 1}):
-        raise UserError(f"principle id used twice: {', '.join(repeated)}", where=str(path), fix="give each its own id")
-    return principles
+        return kind.model_validate(value)
+    except ValidationError as error:
+        rows = [(".".join(map(str, e["loc"])) or "row", e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        faults = "; ".join(f"{key}: {message}" for key, message in rows)
+        fix = f"a {kind.__name__.lower()} has the keys {', '.join(kind.model_fields)}"
+        raise UserError(faults, where=where, fix=fix) from error
 
 
 def read_demonstrations(paths: list[str]) -> list[Demonstration]:
@@ -244,13 +218,4 @@ def _parse(line: str, kind: type[R], where: str) -> R:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}", where=where, fix="one JSON object a line") from error
-    return _check(value, kind, where)
-
-
-def _check(value: Any, kind: type[R], where: str) -> R:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg']}" for e in error.errors())
-        fix = f"a {kind.__name__.lower()} has the keys {', '.join(kind.model_fields)}"
-        raise UserError(faults, where=where, fix=fix) from error
+    return validated(value, kind, where)
