@@ -15,6 +15,8 @@ from truthward.ledger import CODE, Run, is_done, plan
 from truthward.recipe import load_recipe
 from truthward.tables import Recipe
 
+PRINCIPLES = Recipe().constitution.principles
+
 
 def main() -> None:
     """Entry point of the ``truthward`` command."""
@@ -33,9 +35,31 @@ def main() -> None:
     out.add_argument("run", help="run directory")
     out.add_argument("target", help="new folder")
     out.set_defaults(work=_export)
-    options = parser.parse_args()
+    _principles(commands.add_parser("principles", help="list and check a constitution, or compare two"))
+    options = parser.parse_args(_words(sys.argv[1:]))
     work: Callable[[argparse.Namespace], None] = options.work
     sys.exit(stage.guarded(lambda: work(options)))
+
+
+def _principles(parser: argparse.ArgumentParser) -> None:
+    """``principles [FILE ...]`` and ``principles diff A B``."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    lists = actions.add_parser("list", help="list and check; the word may be left out")
+    lists.add_argument("files", nargs="*", default=[PRINCIPLES], help=f"TOML files or a run directory ({PRINCIPLES})")
+    lists.add_argument("--long", action="store_true", help="show every text and reason")
+    lists.set_defaults(work=_list)
+    differs = actions.add_parser("diff", help="what two constitutions differ in, and which runs used which")
+    differs.add_argument("old", help="TOML file, or directory of a run of the constitution stage")
+    differs.add_argument("new", help="the same")
+    differs.add_argument("--runs", default="runs", help="where to look for runs that used them (runs)")
+    differs.set_defaults(work=_diff)
+
+
+def _words(words: list[str]) -> list[str]:
+    """Command-line words, with ``list`` put in where ``principles`` stands without an action."""
+    if words[:1] == ["principles"] and not {*words[1:2]} & {"list", "diff", "-h", "--help"}:
+        return ["principles", "list", *words[1:]]
+    return words
 
 
 def _load(options: argparse.Namespace) -> Recipe:
@@ -102,6 +126,18 @@ def _export(options: argparse.Namespace) -> None:
 
     export(Run.load(options.run), Path(options.target))
     say(f"wrote {options.target}")
+
+
+def _list(options: argparse.Namespace) -> None:
+    from truthward.amendments import show
+
+    show(options.files, long=options.long)
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from truthward.amendments import show_difference
+
+    show_difference(options.old, options.new, options.runs)
 
 
 if __name__ == "__main__":
