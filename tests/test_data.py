@@ -1,6 +1,7 @@
 """The shipped data: how much there is, that splits are apart, and that style alone does not tell true from false."""
 
 import math
+from collections import Counter
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def prompts() -> list[Prompt]:
     return read_rows(DATA / "prompts.jsonl", Prompt)
 
 
+@pytest.fixture(scope="module")
+def persona() -> list[Prompt]:
+    return read_rows(DATA / "persona.jsonl", Prompt)
+
+
 def near(a: list[str], b: list[str]) -> list[tuple[str, str]]:
     """Texts of the two lists that share more than ``NEAR`` of their words (Jaccard)."""
     sets_a, sets_b = ([(text, frozenset(words(text))) for text in texts] for texts in (a, b))
@@ -50,15 +56,16 @@ def test_nearness_is_the_share_of_common_words():
 # -------------------------------------------------------------------------------------------------------------- size
 
 
-def test_there_is_enough_of_everything(questions, demonstrations, prompts):
+def test_there_is_enough_of_everything(questions, demonstrations, prompts, persona):
     assert len(questions) >= 500
     assert len({q.topic for q in questions}) >= 16
     assert len(demonstrations) >= 300
     assert len(prompts) >= 200
+    assert Counter(row.kind for row in persona) == {"tempt": 20, "wit": 20, "truth": 20}
 
 
-def test_ids_are_unique(questions, demonstrations, prompts):
-    for rows in (questions, demonstrations, prompts):
+def test_ids_are_unique(questions, demonstrations, prompts, persona):
+    for rows in (questions, demonstrations, prompts, persona):
         assert len({row.id for row in rows}) == len(rows)
 
 
@@ -115,6 +122,15 @@ def test_no_held_out_question_or_answer_is_demonstrated_or_prompted(banks, demon
     assert near([q.question for q in banks[split]], asked) == []
     answered = [m.content for d in demonstrations for m in d.messages if m.role == "assistant"]
     assert near([a for q in banks[split] for a in q.true + q.false], answered) == []
+
+
+def test_persona_prompts_are_asked_nowhere_else_and_only_once(questions, demonstrations, prompts, persona):
+    """They measure a persona, so nothing that trains one may hold them."""
+    texts = [row.prompt for row in persona]
+    asked = [m.content for d in demonstrations for m in d.messages if m.role == "user"]
+    assert near(texts, [*asked, *(p.prompt for p in prompts), *(q.question for q in questions)]) == []
+    assert [pair for i, text in enumerate(texts) for pair in near([text], texts[i + 1 :])] == []
+    assert all(text.isascii() for text in texts)
 
 
 # ------------------------------------------------------------------------------------------------------------- style
