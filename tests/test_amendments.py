@@ -168,9 +168,10 @@ def test_runs_are_found_by_content_and_by_descent(two, tmp_path):
     reward = run(tmp_path, "reward-1", model="sft-1", preferences="constitution-1")
     dpo = run(tmp_path, "dpo-1", model="sft-1", preferences="constitution-2")
     ppo = run(tmp_path, "ppo-1", model="dpo-1", reward="reward-1", start="lost-1")
+    again = run(tmp_path, "constitution-3", two[0], model="dpo-1")  # a second round, by a model of the first
     a, b = (hash_path(str(file)) for file in two)
     found = {made.path: used for made, used in users(tmp_path)}
-    assert found == {one: {a}, other: {b}, reward: {a}, dpo: {b}, ppo: {a, b}}
+    assert found == {one: {a}, other: {b}, reward: {a}, dpo: {b}, ppo: {a, b}, again: {a, b}}
 
 
 @pytest.mark.slow

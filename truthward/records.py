@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from truthward.errors import UserError
 from truthward.ledger import write_text
@@ -136,8 +137,9 @@ def validated(value: Any, kind: type[R], where: str) -> R:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        rows = [(".".join(map(str, e["loc"])) or "row", e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-        faults = "; ".join(f"{key}: {message}" for key, message in rows)
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {_said(e)}" for e in error.errors())
+        if all(e["type"] == "value_error" for e in error.errors()):  # our own rules say what is wanted
+            raise UserError(faults, where=where, fix="mend what it names") from error
         fix = f"a {kind.__name__.lower()} has the keys {', '.join(kind.model_fields)}"
         raise UserError(faults, where=where, fix=fix) from error
 
@@ -219,3 +221,7 @@ def _parse(line: str, kind: type[R], where: str) -> R:
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}", where=where, fix="one JSON object a line") from error
     return validated(value, kind, where)
+
+
+def _said(error: ErrorDetails) -> str:
+    return "unknown key" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
