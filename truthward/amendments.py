@@ -211,7 +211,7 @@ def _show_persona(persona: Persona, long: bool) -> None:
 
 
 def _line(key: str, text: Text) -> None:
-    console.print(Text.assemble(f"  {key:9}", text), soft_wrap=True)
+    console.print(Text.assemble(f"  {key:8} ", text), soft_wrap=True)
 
 
 def _value(value: Any) -> str:
