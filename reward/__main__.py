@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from datasets import Dataset
 
 from reward.trainer import SoftRewardTrainer, collate
 from truthward import hardware, models, stats
-from truthward.branches import Item, plant
+from truthward.branches import Item, attend_by_tree, plant
 from truthward.console import say
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory
@@ -42,7 +43,7 @@ def run(recipe: Recipe, this: Run) -> None:
         args=RewardConfig(
             **trainer_arguments(table, recipe.launch, this, recipe.seed), center_rewards_coefficient=table.center_coef
         ),
-        data_collator=collate,
+        data_collator=partial(collate, dtype=dtype),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=models.lora_config(table.lora_rank, table.lora_alpha, "SEQ_CLS") if table.tune == "lora" else None,
@@ -90,7 +91,7 @@ def position_scorer(model: Any, seed: int) -> Any:
     head = torch.nn.Linear(model.config.hidden_size, 1, bias=False, dtype=model.dtype)
     generator = torch.Generator().manual_seed(seed)
     head.weight.data.copy_(torch.randn(head.weight.shape, generator=generator) / (model.config.hidden_size + 1) ** 0.5)
-    return _under(AutoModelForTokenClassification, model, head, classifier_dropout=0.0)
+    return attend_by_tree(_under(AutoModelForTokenClassification, model, head, classifier_dropout=0.0))
 
 
 def sequence_classifier(scorer: Any) -> Any:
@@ -123,14 +124,9 @@ def score_answers(model: Any, rows: list[dict[str, Any]], batch: int = 4) -> lis
     scores: list[list[float]] = []
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        forest = plant([[Item(row["prompt_ids"], row["answer_ids"]) for row in part]])
-        logits = model(
-            input_ids=forest.ids.to(model.device),
-            attention_mask=forest.additive(model.dtype).to(model.device),
-            position_ids=forest.positions.to(model.device),
-            use_cache=False,
-        ).logits
-        flat = iter(logits[forest.tip_row.to(model.device), forest.tip.to(model.device), 0].float().tolist())
+        forest = plant([Item(row["prompt_ids"], row["answer_ids"]) for row in part]).to(model.device)
+        logits = model(**forest.inputs(model.dtype), use_cache=False).logits
+        flat = iter(logits[0, forest.tip, 0].float().tolist())
         scores += [[next(flat) for _ in row["answer_ids"]] for row in part]
     return scores
 

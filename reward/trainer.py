@@ -16,15 +16,10 @@ from reward.losses import preference_loss
 from truthward.trainers import plant_pairs
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A micro-batch of prompts as one row of trees; ``tip``: the last token of each answer, where its score is read."""
+def collate(rows: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A micro-batch of prompts as one row of trees, for a model of this type; ``tip``: where each answer's score is read."""
     forest, paired = plant_pairs(rows)
-    return paired | {
-        "input_ids": forest.ids,
-        "attention_mask": forest.additive(torch.float32),
-        "position_ids": forest.positions,
-        "tip": forest.tip,
-    }
+    return paired | forest.inputs(dtype) | {"tip": forest.tip}
 
 
 class SoftRewardTrainer(RewardTrainer):
@@ -44,7 +39,6 @@ class SoftRewardTrainer(RewardTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         pairs, probability, weight, tip = (inputs.pop(k) for k in ("pairs", "probability", "weight", "tip"))
-        inputs["attention_mask"] = inputs["attention_mask"].to(self.model.dtype)
         outputs = model(**inputs, use_cache=False)
         chosen_rewards, rejected_rewards = outputs.logits[0, tip, 0].float()[pairs].unbind(1)
         center = self.args.center_rewards_coefficient or 0.0

@@ -27,7 +27,7 @@ from truthward.products import quicken
 
 
 class PolicyOutput(NamedTuple):
-    """Log-probabilities of the answer tokens ``[N]``, and the entropies there ``[N]``; nats."""
+    """Log-probabilities of the answer tokens ``[N]``, and the entropies there if asked for ``[N]``; nats."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -87,19 +87,19 @@ class ActorCritic(nn.Module):
         Args:
             forest: prompts with their answers, on this module's device.
             temperature: of the log-probabilities, if not that of sampling.
-            entropy: whether the policy's entropies are to have gradients.
+            entropy: whether the entropies are wanted.
         """
         hidden = self._hidden(task, forest)
         if task == "reward":  # at the last token, where the preference model was trained to give it
-            return self.reward_head(hidden[forest.tip_row, forest.tip].float()).squeeze(-1)
-        before = hidden[forest.row, forest.source]  # the state that predicts each answer token
+            return self.reward_head(hidden[forest.tip].float()).squeeze(-1)
+        before = hidden[forest.source]  # the state that predicts each answer token
         if task == "value":
             return self.value_head(before.float()).squeeze(-1)
         head, heat = self._of(task).get_output_embeddings(), self.temperature if temperature is None else temperature
-        if entropy or self._mixed(task):
+        if (entropy and torch.is_grad_enabled()) or self._mixed(task):
             with self._precision(task):
                 return PolicyOutput(*head_logprobs_plainly(head, before, forest.target, heat))
-        return PolicyOutput(*head_logprobs(head, before, forest.target, heat))
+        return PolicyOutput(*head_logprobs(head, before, forest.target, heat, entropy=entropy))
 
     def trainable(self, part: str) -> dict[str, nn.Parameter]:
         """Name -> parameter of ``policy`` or ``value``, from a fixed list rather than from what requires a gradient now."""
@@ -158,16 +158,7 @@ class ActorCritic(nn.Module):
 
     def _hidden(self, task: str, forest: Forest) -> Tensor:
         with self._using(task), self._precision(task):
-            return (
-                self._of(task)
-                .get_decoder()(
-                    input_ids=forest.ids,
-                    attention_mask=forest.additive(self.dtype),
-                    position_ids=forest.positions,
-                    use_cache=False,
-                )
-                .last_hidden_state
-            )
+            return self._of(task).get_decoder()(**forest.inputs(self.dtype), use_cache=False).last_hidden_state[0]
 
     def _precision(self, task: str) -> Any:
         return torch.autocast(self._of(task).device.type, self.dtype) if self._mixed(task) else contextlib.nullcontext()

@@ -9,6 +9,7 @@ once, before training, and the first loss is asserted to be ln 2.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,6 @@ class SoftDpoTrainer(DPOTrainer):
     ) -> Any:
         ref, pairs, probability, weight = (inputs.pop(k) for k in ("ref_logprobs", "pairs", "probability", "weight"))
         target, branch = inputs.pop("target"), inputs.pop("branch")
-        inputs["attention_mask"] = inputs["attention_mask"].to(self.model.dtype)
         with scoring_head(self.model, target):
             outputs = model(**inputs, use_cache=False)
         logprobs, _ = outputs.logits
@@ -78,18 +78,19 @@ class SoftDpoTrainer(DPOTrainer):
         return (total, outputs) if return_outputs else total
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A micro-batch of prompts as one row of trees."""
+def collate(rows: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A micro-batch of prompts as one row of trees, for a model of this type."""
     forest, paired = plant_pairs(rows)
-    return paired | {
-        "input_ids": forest.ids,
-        "attention_mask": forest.additive(torch.float32),
-        "position_ids": forest.positions,
-        "logits_to_keep": forest.source,
-        "target": forest.target,
-        "branch": forest.branch,
-        "ref_logprobs": torch.tensor([value for r in rows for value in r["ref_logprobs"]]),
-    }
+    return (
+        paired
+        | forest.inputs(dtype)
+        | {
+            "logits_to_keep": forest.source,
+            "target": forest.target,
+            "branch": forest.branch,
+            "ref_logprobs": torch.tensor([value for r in rows for value in r["ref_logprobs"]]),
+        }
+    )
 
 
 def run(recipe: Recipe, this: Run) -> None:
@@ -114,7 +115,7 @@ def run(recipe: Recipe, this: Run) -> None:
         args=DPOConfig(
             **trainer_arguments(table, recipe.launch, this, recipe.seed), beta=table.beta, precompute_ref_log_probs=True
         ),
-        data_collator=collate,
+        data_collator=partial(collate, dtype=dtype),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=models.lora_config(table.lora_rank, table.lora_alpha) if table.tune == "lora" else None,

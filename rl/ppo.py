@@ -129,7 +129,7 @@ class PpoRun:
         preference: list[float] = []
         for rows in torch.arange(len(batch.answers)).split(self.table.micro_batch_size):
             forest, where = batch.forest(rows.tolist()).to(self.accelerator.device), batch.mask[rows]
-            policy = self.actor_critic("policy", forest)
+            policy = self.actor_critic("policy", forest, entropy=True)
             found = {old: policy.logprobs, entropy: policy.entropy, ref: self.actor_critic("reference", forest).logprobs}
             if self.table.advantage == "gae":
                 found[values] = self.actor_critic("value", forest)

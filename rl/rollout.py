@@ -18,9 +18,9 @@ from truthward.branches import Forest, Item, plant
 from truthward.decoder import Decoder, plain_copy, supports
 from truthward.errors import UserError
 from truthward.generate import Completion, generate
-from truthward.score import ROW_TOKENS
 from truthward.tensors import pad
 
+TREE_TOKENS = 512  # attention in a tree grows with its square; a prompt with more answers is computed again
 ROWS = 64  # sampled together: a step over 64 rows takes 1.4 times as long as one over 32, and 2.6 times one over 8
 
 
@@ -59,16 +59,11 @@ class Batch:
         items: list[Item] = []
         for row in rows:
             answer, last = self.answers[row], items[-1] if items else Item([], [])
-            if last.prompt == self.prompts[row] and last.length + len(answer) <= ROW_TOKENS:
+            if last.prompt == self.prompts[row] and last.length + len(answer) <= TREE_TOKENS:
                 last.answers.append(answer)
             else:
                 items.append(Item(self.prompts[row], [answer]))
-        filled: list[list[Item]] = [[]]
-        for item in items:
-            if filled[-1] and sum(i.length for i in filled[-1]) + item.length > ROW_TOKENS:
-                filled.append([])
-            filled[-1].append(item)
-        return plant(filled)
+        return plant(items)
 
 
 class Sampler:
@@ -112,6 +107,8 @@ class Sampler:
 
     def sample(self, prompts: list[list[int]], seeds: list[int], tick: Callable[[int], None] = lambda n: None) -> Batch:
         """One answer for each prompt."""
+        if self.model is None:
+            self.refresh()
         completions = generate(
             self.model,
             prompts,

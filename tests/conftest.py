@@ -15,6 +15,7 @@ from hypothesis import settings
 from lab import PARENTS, Lab, furnish, sharpen
 
 from truthward import models
+from truthward.branches import attend_by_tree
 
 torch.set_num_threads(1)
 settings.register_profile("plain", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -25,14 +26,14 @@ settings.load_profile("plain")
 def tiny() -> tuple[Any, Any]:
     """The tiny random model as the recipe ``tiny-random`` gives it, and its tokenizer. Not to be changed."""
     model, tokenizer = models.fetch_base(models.TINY, seed=0)
-    return model.eval().requires_grad_(False), tokenizer
+    return attend_by_tree(model.eval()).requires_grad_(False), tokenizer
 
 
 @pytest.fixture(scope="session")
 def sharp() -> tuple[Any, Any]:
     """The same with larger weights (see :func:`lab.sharpen`), so that a fault in masks shows. Not to be changed."""
     model, tokenizer = models.fetch_base(models.TINY, seed=0)
-    return sharpen(model, tokenizer.eos_token_id).requires_grad_(False), tokenizer
+    return attend_by_tree(sharpen(model, tokenizer.eos_token_id)).requires_grad_(False), tokenizer
 
 
 @pytest.fixture(scope="session")

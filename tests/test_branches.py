@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from truthward import score
 from truthward.branches import Item, plant
 from truthward.score import answer_logprobs, answer_sums
 
@@ -44,7 +43,7 @@ def assert_equal_to_each_alone(model, items: list[Item], **options) -> None:
 
 def test_the_layout_by_hand():
     """Prompt [5, 6] with answers [7] and [8, 9]: positions go on from the prompt, and 8 does not see 7."""
-    forest = plant([[Item([5, 6], [[7], [8, 9]])]])
+    forest = plant([Item([5, 6], [[7], [8, 9]])])
     assert forest.ids.tolist() == [[5, 6, 7, 8, 9]]
     assert forest.positions.tolist() == [[0, 1, 2, 2, 3]]
     sees = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
@@ -52,16 +51,20 @@ def test_the_layout_by_hand():
     assert forest.source.tolist() == [1, 1, 3]  # the prompt's last token predicts both answers' first
     assert forest.target.tolist() == [7, 8, 9]
     assert forest.branch.tolist() == [0, 1, 1]
-    assert (forest.tip_row.tolist(), forest.tip.tolist()) == ([0, 0], [2, 4])
+    assert forest.tip.tolist() == [2, 4]
+    assert forest.place.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_trees_in_one_row_and_padding_are_kept_apart():
-    """Two trees [5 | 6] and [7 | 8] in a row, beside a shorter row: nobody sees another tree or padding."""
-    forest = plant([[Item([5], [[6]]), Item([7], [[8]])], [Item([9], [[10]])]])
-    assert forest.sees[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert forest.sees[1, 0, :2].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
-    assert (forest.row.tolist(), forest.branch.tolist()) == ([0, 0, 1], [0, 1, 2])
-    assert (forest.tip_row.tolist(), forest.tip.tolist()) == ([0, 0, 1], [1, 3, 1])
+def test_trees_in_one_row_are_kept_apart():
+    """Trees [5 | 6, 7] and [8 | 9] make a row of five; attention sees them as two rows of three, the second padded."""
+    forest = plant([Item([5], [[6, 7]]), Item([8], [[9]])])
+    assert (forest.ids.tolist(), forest.positions.tolist()) == ([[5, 6, 7, 8, 9]], [[0, 1, 2, 0, 1]])
+    assert forest.place.tolist() == [0, 1, 2, 3, 4]
+    assert forest.sees[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert forest.sees[1, 0, :2].int().tolist() == [[1, 0, 0], [1, 1, 0]]
+    assert (forest.source.tolist(), forest.target.tolist()) == ([0, 1, 3], [6, 7, 9])
+    assert (forest.branch.tolist(), forest.tip.tolist()) == ([0, 0, 1], [2, 4])
+    assert plant([Item([8], [[9]]), Item([5], [[6, 7]])]).place.tolist() == [0, 1, 3, 4, 5]
 
 
 def test_a_token_is_predicted_from_the_one_before():
@@ -84,10 +87,9 @@ def test_equal_to_each_alone_for_varied_lengths(sharp):
     assert_equal_to_each_alone(sharp[0], items)
 
 
-@pytest.mark.parametrize("tokens_a_batch", [1, 64, 4096])
-def test_equal_to_each_alone_over_several_rows_and_batches(sharp, monkeypatch, tokens_a_batch):
-    """Rows of at most 32 tokens, and longer items in rows of their own; results keep the order given."""
-    monkeypatch.setattr(score, "ROW_TOKENS", 32)
+@pytest.mark.parametrize("tokens_a_batch", [1, 32, 64, 4096])
+def test_equal_to_each_alone_over_several_batches(sharp, tokens_a_batch):
+    """Longer items go in batches of their own; results keep the order given."""
     items = [item(5, 6, 7), item(30, 9, 2), item(3, 2), item(12, 1, 4), item(2, 8), item(6, 5, 5, 5)]
     assert_equal_to_each_alone(sharp[0], items, tokens_a_batch=tokens_a_batch)
 
@@ -126,11 +128,8 @@ def test_changing_one_branch_leaves_every_other_number_identical(sharp):
 
 def test_without_the_tree_mask_the_numbers_are_wrong(sharp):
     """A control: this model notices when branches see one another, so the equalities above mean something."""
-    forest = plant([[item(8, 5, 6)]])
-    right, wrong = (
-        sharp[0](input_ids=forest.ids, position_ids=forest.positions, attention_mask=mask).logits[0, 13:]
-        for mask in (forest.additive(torch.float32), None)
-    )
+    inputs = plant([item(8, 5, 6)]).inputs(torch.float32)
+    right, wrong = (sharp[0](**given).logits[0, 13:] for given in (inputs, {**inputs, "attention_mask": None}))
     assert (right - wrong).abs().max() > 0.1
 
 
@@ -140,13 +139,8 @@ def test_the_gradient_through_a_tree_is_the_sum_of_the_gradients_alone(sharp):
     weight = model.model.layers[0].self_attn.q_proj.weight
     weight.requires_grad_(True)
     try:
-        forest = plant([[tree]])
-        outputs = model(
-            input_ids=forest.ids,
-            position_ids=forest.positions,
-            attention_mask=forest.additive(torch.float32),
-            logits_to_keep=forest.source,
-        )
+        forest = plant([tree])
+        outputs = model(**forest.inputs(torch.float32), logits_to_keep=forest.source)
         together = outputs.logits[0].log_softmax(-1).gather(1, forest.target.unsqueeze(1)).sum()
         (got,) = torch.autograd.grad(together, weight)
         expected = torch.zeros_like(weight)

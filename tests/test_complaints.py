@@ -151,7 +151,7 @@ def test_memory_one_base_and_logits_of_answers_alone(scored, monkeypatch):
     assert sum(n.endswith("q_proj.base_layer.weight") for n in names) == layers
     head, seen = actor_critic.head_logprobs, []
     monkeypatch.setattr(
-        actor_critic, "head_logprobs", lambda h, states, *a: (seen.append(len(states)), head(h, states, *a))[1]
+        actor_critic, "head_logprobs", lambda h, states, *a, **k: (seen.append(len(states)), head(h, states, *a, **k))[1]
     )
     with torch.no_grad():
         for task in ("policy", "reference", "value", "reward"):

@@ -193,10 +193,10 @@ def test_demonstrations_add_their_likelihood_and_nothing_else(moved, monkeypatch
     import rl.update
 
     plant = rl.update.plant
-    monkeypatch.setattr(rl.update, "plant", lambda rows: (drawn.extend(rows), plant(rows))[1])
+    monkeypatch.setattr(rl.update, "plant", lambda items: (drawn.extend(items), plant(items))[1])
     monkeypatch.setattr(ppo.learner, "ptx", ppo.learner.ptx[:4])
     with_ptx, metrics = gradient(*moved, micro_batch_size=3)
-    pairs = [(row[0].prompt, row[0].answers[0]) for row in drawn]
+    pairs = [(item.prompt, item.answers[0]) for item in drawn]
     monkeypatch.setattr(ppo.learner, "ptx", [])
     without, _ = gradient(*moved)
     assert len(pairs) == 8

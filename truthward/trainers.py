@@ -139,7 +139,7 @@ def plant_pairs(rows: list[dict[str, Any]]) -> tuple[Forest, dict[str, Tensor]]:
     A pair names its answers, chosen and rejected, counted over the row. ``weight`` is 1 / (prompts * pairs of the prompt),
     so that every prompt counts alike; it sums to 1.
     """
-    forest = plant([[Item(r["prompt_ids"], r["answer_ids"]) for r in rows]])
+    forest = plant([Item(r["prompt_ids"], r["answer_ids"]) for r in rows])
     pairs, weight, first = [], [], 0
     for r in rows:
         pairs += [[first + chosen, first + rejected] for chosen, rejected in r["pairs"]]
