@@ -70,10 +70,10 @@ class Workshop:
             "preferences": [p.model_dump() for p in preferences if p.probability >= self.table.min_confidence],
         }
 
-    def _say(self, requests: list[str], seeds: list[int]) -> list[Completion]:
+    def _say(self, requests: list[list[dict[str, str]]], seeds: list[int]) -> list[Completion]:
         return generate(
             self.model,
-            [chat.prompt_ids(self.tokenizer, chat.user(text)) for text in requests],
+            [chat.prompt_ids(self.tokenizer, messages) for messages in requests],
             seeds,
             eos=self.tokenizer.eos_token_id,
             pad_id=self.tokenizer.pad_token_id,
@@ -91,7 +91,7 @@ class Workshop:
     def _answers(self, prompts: list[Prompt]) -> list[list[str]]:
         """Several sampled answers to each prompt."""
         many = [(p, k) for p in prompts for k in range(self.table.samples)]
-        spoken = iter(self._say([p.prompt for p, _ in many], [self._draw(p, f"answer {k}") for p, k in many]))
+        spoken = iter(self._say([chat.user(p.prompt) for p, _ in many], [self._draw(p, f"answer {k}") for p, k in many]))
         return [[self._text(next(spoken)) for _ in range(self.table.samples)] for _ in prompts]
 
     def _revise(self, prompts: list[Prompt], answers: list[str], number: int) -> list[Revision]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 
+from truthward import chat
 from truthward.principles import Principle
 
 LEAKS = ("critique", "the principle", "revised answer", "rewrite", "this answer")
 
 
-def critique_request(prompt: str, answer: str, principle: Principle) -> str:
+def critique_request(prompt: str, answer: str, principle: Principle) -> list[dict[str, str]]:
     """What the model is asked in order to criticise an answer."""
-    return f"Question: {prompt}\nAnswer: {answer}\n\n{principle.text} {principle.critique}"
+    return chat.user(f"Question: {prompt}\nAnswer: {answer}\n\n{principle.text} {principle.critique}")
 
 
-def revision_request(prompt: str, answer: str, critique: str, principle: Principle) -> str:
+def revision_request(prompt: str, answer: str, critique: str, principle: Principle) -> list[dict[str, str]]:
     """What the model is asked in order to revise an answer."""
-    return f"Question: {prompt}\nAnswer: {answer}\nCritique: {critique}\n\n{principle.text} {principle.revision}"
+    return chat.user(f"Question: {prompt}\nAnswer: {answer}\nCritique: {critique}\n\n{principle.text} {principle.revision}")
 
 
 def fault(answer: str, revision: str, finished: bool) -> str:
