@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _stage(recipe: Recipe, module: str, name: str, arguments: list[str]) -> None:
     starter = [sys.executable, "-m"]
-    if recipe.launch.ranks > 1 and module in ("sft", "reward", "dpo"):
+    if recipe.launch.ranks > 1 and module in ("sft", "distill", "reward", "dpo"):
         starter = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={recipe.launch.ranks}", "-m"]
     only = ["--only", name] if module == "evals" else []
     code = subprocess.run([*starter, CODE.get(module, module), *arguments, *only], check=False).returncode

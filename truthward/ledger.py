@@ -30,7 +30,12 @@ from truthward.errors import UserError
 from truthward.recipe import DATA_KEYS, ppo_base, settings
 from truthward.tables import MODEL_STAGES, Recipe
 
-CODE = {"base": "truthward.base", "dpo": "rl.dpo", "ppo": "rl.ppo"}  # stage -> module; the others are their own name
+CODE = {  # stage -> module; the others are their own name
+    "base": "truthward.base",
+    "distill": "constitution.distill",
+    "dpo": "rl.dpo",
+    "ppo": "rl.ppo",
+}
 OUR_PACKAGES = ("truthward", "sft", "reward", "constitution", "rl", "evals")
 RECORDED_VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "safetensors")
 

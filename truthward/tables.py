@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MODEL_STAGES = ("base", "sft", "dpo", "ppo")  # stages whose result is a chat model that the evals score
-Stage = Literal["base", "sft", "constitution", "reward", "dpo", "ppo"]
-ModelStage = Literal["base", "sft", "dpo", "ppo"]
+MODEL_STAGES = ("base", "sft", "distill", "dpo", "ppo")  # stages whose result is a chat model that the evals score
+Stage = Literal["base", "sft", "distill", "constitution", "reward", "dpo", "ppo"]
+ModelStage = Literal["base", "sft", "distill", "dpo", "ppo"]
 
 
 class Table(BaseModel):
@@ -49,6 +49,20 @@ class Sft(Training):
     packing: bool = Field(
         True, description="fill sequences of max_length with rows, attention kept apart; batch_size counts them"
     )
+
+
+class Distill(Training):
+    principles: list[str] = Field(["constitution/principles.toml"], min_length=1, description="the written constitution")
+    tags: list[str] = Field(["truth"], description="principles with one of these tags take part; all if empty")
+    prompts: list[str] = Field(
+        ["data/prompts.jsonl", "data/truth/train"], min_length=1, description="prompts (JSONL), or truth banks for questions"
+    )
+    max_prompts: int = Field(400, ge=1, description="use at most this many prompts, drawn by seed")
+    samples: int = Field(1, ge=1, description="answers a prompt that the model learns on")
+    max_new_tokens: int = Field(40, ge=1, description="longest answer in tokens")
+    temperature: float = Field(0.7, gt=0, description="sampling temperature of the answers")
+    alpha: float = Field(4.0, ge=0, description="weight of log p_follow - log p_violate in the target")
+    cutoff: float = Field(0.0, ge=0, lt=1, description="words below this share of the likeliest one's probability keep theirs")
 
 
 class Constitution(Table):
@@ -179,6 +193,7 @@ class Recipe(Table):
     unexplained: Literal["stop", "warn"] = Field("stop", description="what a value without a reason does")
     model: Model = Model()
     sft: Sft = Sft()
+    distill: Distill = Distill()
     constitution: Constitution = Constitution()
     reward: Reward = Reward()
     dpo: Dpo = Dpo()
