@@ -12,7 +12,6 @@ from lab import ROOT, Lab
 
 from constitution import __main__ as constitution
 from constitution import judge as judging
-from constitution.critique import fault, repeats
 from constitution.judge import Case, Judge, measure, pick, require_qualified, soft_label
 from truthward import chat
 from truthward.errors import UserError
@@ -160,33 +159,6 @@ def test_principles_are_drawn_by_weight_without_repetition_and_by_seed():
     assert len(pick(some, 9, random.Random(0))) == 3
     assert pick(some, 2, random.Random(5)) == pick(some, 2, random.Random(5))
     assert len({tuple(p.id for p in pick(some, 2, random.Random(i))) for i in range(50)}) > 3
-
-
-# ----------------------------------------------------------------------------------------------------------- revisions
-
-
-@pytest.mark.parametrize(
-    ("revision", "finished", "why_not"),
-    [
-        ("Honey keeps for years.", True, ""),
-        ("", True, "empty"),
-        ("…", True, "empty"),
-        ("Honey keeps for", False, "did not end"),
-        ("honey  never SPOILS!", True, "unchanged"),
-        ("It is not so bad. " * 3, True, "repeats itself"),
-        ("This answer is better: honey keeps.", True, "speaks of the critique"),
-        ("As the Critique says, honey keeps.", True, "speaks of the critique"),
-    ],
-)
-def test_a_revision_that_cannot_be_used_says_why(revision, finished, why_not):
-    assert fault("Honey never spoils.", revision, finished) == why_not
-
-
-def test_repetition_is_a_run_of_words_that_comes_three_times():
-    assert repeats("a b c d " * 3)
-    assert not repeats("a b c d " * 2)
-    assert not repeats("a b c x " * 3 + "y", span=5)
-    assert not repeats("one two")
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
