@@ -1,5 +1,7 @@
 """Models that would give wrong numbers are refused before anything is computed."""
 
+import copy
+
 import pytest
 import torch
 from transformers import CohereConfig, Gemma2Config, LlamaConfig, LlamaForCausalLM
@@ -30,14 +32,11 @@ def test_attention_that_cannot_be_exchanged_is_refused(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_by_products_is_torchs(sharp, monkeypatch, dtype):
     """Grouped heads, trees of unequal length: against scaled_dot_product_attention on the same padded batch."""
-    model = sharp[0].to(dtype)
-    try:
-        inputs = plant([Item([5, 6, 7], [[8, 9], [10]]), Item([11], [[12]]), Item([20] * 9, [[13, 14]])]).inputs(dtype)
-        ours = model(**inputs).logits
-        monkeypatch.setattr("truthward.branches._by_products", torch_attention)
-        theirs = model(**inputs).logits
-    finally:
-        model.float()
+    model = copy.deepcopy(sharp[0]).to(dtype)
+    inputs = plant([Item([5, 6, 7], [[8, 9], [10]]), Item([11], [[12]]), Item([20] * 9, [[13, 14]])]).inputs(dtype)
+    ours = model(**inputs).logits
+    monkeypatch.setattr("truthward.branches._by_products", torch_attention)
+    theirs = model(**inputs).logits
     assert (ours - theirs).abs().max() < (1e-4 if dtype == torch.float32 else 0.05) * theirs.abs().max()
 
 
