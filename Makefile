@@ -24,6 +24,7 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/branches.py $(call latest,dpo)
 	$(BIN)/python bench/rollout.py $(call latest,sft)
+	$(BIN)/python bench/revisions.py $(RUNS)
 	$(BIN)/python bench/trainers.py $(call latest,sft)
 	$(BIN)/python bench/synthetic.py
 	$(MAKE) bench-ppo

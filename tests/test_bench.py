@@ -5,14 +5,20 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from lab import ROOT
 
+from truthward import chat
+from truthward.branches import Item
 from truthward.ledger import Run
+from truthward.principles import read_principles
 from truthward.recipe import load_recipe
+from truthward.records import Prompt
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -21,7 +27,7 @@ def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
     assert spec
     assert spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
@@ -117,3 +123,72 @@ def test_newest_takes_the_last_complete_preference_model_with_its_own_parents(pp
 def test_no_finished_demo_is_said_so(ppo: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="make demo first"):
         ppo.newest(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- revisions
+
+
+@pytest.fixture(scope="module")
+def rows() -> ModuleType:
+    return load("revisions")
+
+
+@pytest.fixture
+def task(rows: ModuleType, sharp: Any) -> Any:
+    """Three prompts of different lengths, sampled so coldly that every side says the same."""
+    prompts = [Prompt(id=str(i), prompt=text) for i, text in enumerate(("Is it?", "Why are there no more of them?", "So?"))]
+    principles = read_principles(ROOT / "constitution/principles.toml")[:3]
+    return rows.Task(sharp[1], prompts, principles, 12, 1e-4)
+
+
+def test_a_row_is_as_many_seconds_as_its_writing_and_judging_and_ratios_are_to_the_plain_loop(rows: ModuleType) -> None:
+    """4 prompts: the loop takes 16, 10 and 13 + 3 s, median 16, so 0.25 rows/s; ours 4 s, so 1 row/s, 4 times as many."""
+    loop = [rows.Round(14.0, 2.0, 100, []), rows.Round(9.0, 1.0, 80, []), rows.Round(13.0, 3.0, 120, [])]
+    text = rows.table({rows.LOOP: loop, "ours": [rows.Round(3.0, 1.0, 90, [])]}, 4)
+    heading, *lines = text.splitlines()
+    assert [line.split()[-5:] for line in lines] == [
+        ["0.25", "1.00", "13.00", "2.00", "25.0"],
+        ["1.00", "4.00", "3.00", "1.00", "22.5"],
+    ]
+    assert {len(line) for line in lines} == {len(heading)}
+
+
+def test_a_margin_is_the_mean_under_follow_less_that_under_violate(rows: ModuleType) -> None:
+    """Answers of 2 and 4 tokens: -2/2 + 6/2 = 2 and -8/4 + 4/4 = -1."""
+    item = Item([1], [[1, 2], [1, 2, 3, 4]])
+    assert rows.margins([item, item], [[-2.0, -8.0], [-6.0, -4.0]]) == [[2.0, -1.0]]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 32])
+def test_the_peer_does_the_same_job(rows: ModuleType, task: Any, sharp: Any, batch: int) -> None:
+    """Near temperature 0 all sides write the same rows, and score them alike, padded or not."""
+    model, tokenizer = sharp
+    ours, peer = rows.Ours(model), rows.Transformers(model, tokenizer.pad_token_id, batch)
+    mine, other = (rows.work(side, task, 1) for side in (ours, peer))
+    assert mine.items == other.items
+    assert mine.tokens == other.tokens
+    assert len(mine.items) == 2 * len(task.prompts)
+    for a, b in zip(ours.judge(mine.items), peer.judge(mine.items), strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_what_is_judged_is_answer_and_revision_under_both_prompts(rows: ModuleType, task: Any, sharp: Any) -> None:
+    items = rows.work(rows.Ours(sharp[0]), task, 1).items
+    for p, c, pair in zip(task.prompts, task.principles, zip(items[::2], items[1::2], strict=True), strict=True):
+        assert [i.prompt for i in pair] == [
+            chat.prompt_ids(task.tokenizer, chat.user(p.prompt, s)) for s in (c.follow, c.violate)
+        ]
+        assert pair[0].answers == pair[1].answers
+        assert len(pair[0].answers) == 2
+        assert pair[0].answers[0] != pair[0].answers[1]
+
+
+def test_the_bench_takes_settings_prompts_and_model_of_the_latest_constitution(rows: ModuleType, lab: Any) -> None:
+    task, parent = rows.set_up(lab.runs, 2)
+    assert parent.manifest["stage"] == "sft"
+    assert (len(task.prompts), len(task.principles), task.limit) == (2, 2, 6)
+
+
+def test_the_bench_without_a_demo_says_so(rows: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="make demo first"):
+        rows.newest(tmp_path)

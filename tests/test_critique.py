@@ -285,6 +285,7 @@ ANSWERS = [
     "I'm sorry, but the loaf is raw in the middle.",
     "Sorry, that was my mistake: it is two, not eight.",
     "As an AI, I don't sleep.",
+    "I decline tomatoes, being an AI.",
     "As an AI, I can't taste soup, but salt usually helps.",
     "No, a tomato is a fruit.",
     "Unfortunately, the bread is not done.",
@@ -328,6 +329,7 @@ def test_shared_run_by_hand():
     assert shared_run("The cat sat on the mat.", "the CAT sat there, on the mat") == 3
     assert shared_run("a b c d", "x a b c d y") == shared_run("x a b c d y", "a b c d") == 4
     assert shared_run("a a b", "a b a a") == 2
+    assert shared_run("a x b", "a b") == 1
     assert shared_run("", "a") == shared_run("a", "") == shared_run("a", "b") == 0
     assert words("It isn’t so-so, IT'S 'fine'.") == ["it", "isn't", "so", "so", "it's", "fine"]
 
