@@ -166,7 +166,7 @@ def _check_reasons(recipe: Recipe, where: str) -> None:
 def _check_values(recipe: Recipe, where: str) -> None:
     ranks = recipe.launch.ranks
     _check_reasons(recipe, where)
-    for name in ("sft", "distill", "reward", "dpo"):
+    for name in (n for n in ("sft", "distill", "reward", "dpo") if n in recipe.stages):
         table = getattr(recipe, name)
         packed = name == "sft" and table.packing  # a packed sequence is a micro-batch of its own
         micro = (1 if packed else min(table.micro_batch_size, table.batch_size)) * ranks
