@@ -210,24 +210,19 @@ def main(runs: str, rounds: int = 3, count: int = GROUP) -> None:
     }
     made: dict[str, list[Round]] = {name: [] for name in sides}
     few = Task(task.tokenizer, task.prompts[:2], task.principles[:2], task.limit, task.temperature)
-    for side in sides.values():
-        work(side, few, 0)  # warms up
+    items = [work(side, few, 0) for side in sides.values()][-1].items  # warms up
+    scores = [margins(items, side.judge(items)) for side in sides.values()]
+    gap = max(
+        abs(a - b) for other in scores for x, y in zip(other, scores[-1], strict=True) for a, b in zip(x, y, strict=True)
+    )
     for i in range(rounds):
         for name, side in sides.items():
             made[name].append(work(side, task, i + 1))
             print(f"{name}: {made[name][-1].writing + made[name][-1].judging:.1f} s", file=sys.stderr, flush=True)
-    items = made["ours"][-1].items
-    scores = [margins(items, side.judge(items)) for side in sides.values()]
-    gap = max(
-        abs(a - b)
-        for other in scores[:-1]
-        for x, y in zip(other, scores[-1], strict=True)
-        for a, b in zip(x, y, strict=True)
-    )
     print(f"GEMM: {hardware.measure_dtypes()} GFLOP/s; {torch.get_num_threads()} threads; fp32")
     print(f"{len(task.prompts)} prompts, up to {task.limit} tokens, temperature {task.temperature}, medians of {rounds}")
     print(table(made, len(task.prompts)))
-    print(f"largest difference between the sides' scores of the same texts: {gap:.1e} nats a token")
+    print(f"largest difference between the sides' scores of the same four texts: {gap:.1e} nats a token")
 
 
 if __name__ == "__main__":
