@@ -191,7 +191,7 @@ def set_up(runs: Path, count: int) -> tuple[Task, Run]:
     made = newest(runs)
     parent, recipe = made.parent("model"), made.manifest["recipe"]
     settings = recipe["constitution"]
-    prompts = draw(read_rows(settings["prompts"], Prompt), count, recipe["seed"])
+    prompts = draw([p for path in settings["prompts"] for p in read_rows(path, Prompt)], count, recipe["seed"])
     principles = read_principles("constitution/principles.toml")
     chosen = [principles[i % len(principles)] for i in range(len(prompts))]
     tokenizer = models.load_tokenizer(parent)

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import random
 import re
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from pydantic import Field, ValidationInfo, field_validator
 
 from truthward import chat
-from truthward.errors import UserError
-from truthward.principles import Principle, Text, Word, plain
-from truthward.records import Row, validated
+from truthward.examples import Example, words
+from truthward.principles import Principle
 
 LEAKS = ("critique", "the principle", "revised answer", "rewrite", "this answer")
 COPIED = 8  # words in a row that two texts hardly share by chance
@@ -54,64 +48,7 @@ OUTRIGHT = _one_of(
 REFUSAL = re.compile(rf"(?:{LEADS}[\s,.;:!-]+)*(?:{UNABLE} {TASKS}|{OUTRIGHT})\b")
 
 
-class Example(Row):
-    """An answer with a fault, what is said of it, and how it is mended.
-
-    Attributes:
-        tags: those of the principles that it goes with.
-    """
-
-    prompt: Text
-    answer: Text
-    critique: Text
-    revision: Text
-    tags: list[Word] = Field(min_length=1)
-
-    @field_validator("revision")
-    @classmethod
-    def _differs(cls, revision: str, info: ValidationInfo) -> str:
-        if "answer" in info.data and words(revision) == words(info.data["answer"]):
-            raise ValueError("it is the same as the answer, so that it shows nothing")
-        return revision
-
-
-# ------------------------------------------------------------------------------------------------------------ examples
-
-
-def read_examples(path: str | Path) -> list[Example]:
-    """The examples of a TOML file, in order.
-
-    Raises:
-        UserError: the first fault; names file, example and key.
-    """
-    path = Path(path)
-    tables = _tables(path)
-    if not tables:
-        raise UserError("no [[example]] tables", where=str(path), fix="see constitution/examples.toml for some")
-    examples, seen = [], dict[str, int]()
-    for number, table in enumerate(tables, 1):
-        where = f"{path}: example {number}"
-        examples.append(validated(table, Example, where))
-        first = seen.setdefault(plain(examples[-1].prompt), number)
-        if first != number:
-            fix = "ask something else in one of the two"
-            raise UserError(f"prompt: the same as that of example {first}", where=where, fix=fix)
-    return examples
-
-
-def _tables(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise UserError("there is no such file", where=str(path), fix="give the path of a TOML file with examples")
-    try:
-        tree = tomllib.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:  # also of integers and brackets beyond what Python reads
-        raise UserError(f"not valid TOML: {error}", where=str(path), fix="mend the line it names") from error
-    if unknown := sorted(tree.keys() - {"example"}):
-        raise UserError(f"unknown key {unknown[0]}", where=str(path), fix="a file of examples holds [[example]] tables")
-    tables = tree.get("example", [])
-    if not isinstance(tables, list):
-        raise UserError("example is not a list of tables", where=str(path), fix="head each one with [[example]]")
-    return tables
+# ------------------------------------------------------------------------------------------------------------ requests
 
 
 def pick_shots(examples: Sequence[Example], principle: Principle, how_many: int, draw: random.Random) -> list[Example]:
@@ -119,9 +56,6 @@ def pick_shots(examples: Sequence[Example], principle: Principle, how_many: int,
     order = draw.sample(examples, len(examples))
     order.sort(key=lambda e: -len(set(e.tags) & set(principle.tags)))
     return order[:how_many][::-1]
-
-
-# ------------------------------------------------------------------------------------------------------------ requests
 
 
 def critique_request(prompt: str, answer: str, principle: Principle, shots: Sequence[Example] = ()) -> list[dict[str, str]]:
@@ -200,8 +134,3 @@ def shared_run(a: str, b: str) -> int:
         ending = {k: before.get(k - 1, 0) + 1 for k, w in enumerate(other) if w == word}
         longest, before = max(longest, *ending.values(), 0), ending
     return longest
-
-
-def words(text: str) -> list[str]:
-    """Words without case and punctuation; an apostrophe within a word is part of it."""
-    return re.findall(r"\w+(?:'\w+)*", text.casefold().replace("’", "'"))

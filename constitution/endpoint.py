@@ -24,16 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from pydantic import Field
 
 from constitution import replies
+from constitution.judge import Request
 from constitution.replies import Reply
 from truthward.console import progress
 from truthward.errors import UserError
 from truthward.ledger import digest
-from truthward.tables import Table
-
-Request = list[dict[str, str]]  # the messages of one chat
+from truthward.tables import Judge
 
 # What a server can be asked, best first; the first request shows which of them it does.
 WAYS: dict[str, dict[str, Any]] = {
@@ -48,22 +46,6 @@ LONGEST_WAIT = 600.0  # seconds of Retry-After that are obeyed; a server that as
 SECRET = 8  # characters; a shorter key is a placeholder for a server that asks for none, and hiding it would maul replies
 PROBES = 3  # requests that the estimate asks, one after the other, to see how fast the server is
 CHARACTERS_A_TOKEN, TOKENS_A_MESSAGE = 4, 4  # of English under common BPE vocabularies; role and separators
-
-
-class EndpointSettings(Table):
-    """Where the judge is, and how fast it may be asked."""
-
-    base_url: str = Field(description="address of the OpenAI-compatible server, with its /v1")
-    model: str = Field(description="the model's name there")
-    key_env: str = Field(
-        "OPENAI_API_KEY", description="environment variable that holds the key; empty: the server needs none"
-    )
-    timeout: float = Field(60.0, gt=0, description="seconds that the server may be silent before a request is retried")
-    retries: int = Field(6, ge=0, description="further tries of a request after faults of the network or the server")
-    requests_per_minute: float = Field(0.0, ge=0, description="most requests a minute, evenly spaced; 0: no limit")
-    concurrency: int = Field(8, ge=1, description="requests under way at once")
-    price_per_million_in: float = Field(0.0, ge=0, description="price of a million tokens read; only for the estimate")
-    price_per_million_out: float = Field(0.0, ge=0, description="price of a million tokens written; only for the estimate")
 
 
 @dataclass(frozen=True)
@@ -140,7 +122,7 @@ class Endpoint:
         UserError: ``judge.base_url`` is no plain http(s) address, or the cache was damaged.
     """
 
-    def __init__(self, settings: EndpointSettings, cache: Path) -> None:
+    def __init__(self, settings: Judge, cache: Path) -> None:
         if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", settings.base_url):
             fix = "write http(s)://host/v1, without user, password or query; a key goes into the environment"
             raise UserError("this is not the plain address of a server", where="judge.base_url", fix=fix)

@@ -15,6 +15,7 @@ import torch
 
 from truthward import models
 from truthward.ledger import CODE, Run, open_run, plan
+from truthward.principles import Principle
 from truthward.recipe import Recipe, load_recipe
 from truthward.stage import run_stage
 
@@ -36,13 +37,15 @@ batch_size = 2
 learning_rate = 1e-2
 lora_rank = 4
 [constitution]
-principles = "{root}/constitution/principles.toml"
-prompts = "{home}/prompts.jsonl"
-judge_bank = "{home}/bank"
+principles = ["{root}/constitution/principles.toml"]
+prompts = ["{home}/prompts.jsonl"]
+examples = "{root}/constitution/examples.toml"
 max_prompts = 2
 max_new_tokens = 6
-judge_questions = 2
-judge_gate = "warn"
+[judge]
+bank = "{home}/judge.jsonl"
+methods = ["contrast", "likelihood"]
+gate = "warn"
 [reward]
 preferences = ["{home}/bank", "constitution"]
 validation = "{home}/bank"
@@ -142,8 +145,21 @@ def furnish(home: Path) -> Lab:
         for i, s in enumerate(subjects)
     ]
     write(home / "bank" / "things.jsonl", questions)
+    names = ["short-and-plain", "facts-over-myths"]
+    pairs = [
+        {"id": f"{n}-{i}", "principle": n, "prompt": f"Is {s} real?", "better": f"{s} is.", "worse": f"{s} was."}
+        for n in names
+        for i, s in enumerate(subjects)
+    ]
+    write(home / "judge.jsonl", pairs)
     return Lab(home, home / "runs")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def principle(name: str, weight: float = 1.0, tags: tuple[str, ...] = ()) -> Principle:
+    """A principle all of whose texts say which they are."""
+    texts = {key: f"{key} {name}" for key in ("title", "text", "critique", "revision", "why", "follow", "violate")}
+    return Principle(id=name, version=2, weight=weight, tags=list(tags), **texts)

@@ -15,7 +15,7 @@ from truthward.amendments import compare, shares, show, show_difference, users, 
 from truthward.console import console
 from truthward.errors import UserError
 from truthward.ledger import Run, hash_path
-from truthward.principles import COPY, TEXTS, Constitution, located, read_constitution, read_principles
+from truthward.principles import COPIES, TEXTS, Constitution, keep_copies, located, read_constitution, read_principles
 
 
 def constitution(*principles) -> Constitution:
@@ -131,8 +131,8 @@ def run(runs: Path, name: str, file: Path | None = None, **parents: str) -> Path
     """A finished run; one of the constitution names its file by a path that does not exist any more."""
     record = {"stage": name.split("-")[0], "status": "complete", "parents": parents}
     if file:
-        record |= {"data": {"gone.toml": hash_path(str(file))}, "recipe": {"constitution": {"principles": "gone.toml"}}}
-        put(runs / "r" / name / COPY, file.read_text())
+        record |= {"data": {"gone.toml": hash_path(str(file))}, "recipe": {"constitution": {"principles": ["gone.toml"]}}}
+        put(runs / "r" / name / COPIES / "1-gone.toml", file.read_text())
     return put(runs / "r" / name / "manifest.json", json.dumps(record)).parent
 
 
@@ -146,15 +146,24 @@ def two(tmp_path) -> tuple[Path, Path]:
 def test_a_run_is_read_by_its_own_copy(two, tmp_path):
     made = run(tmp_path, "constitution-1", two[1])
     two[1].unlink()
-    assert located(made) == made / COPY
-    assert read_principles(located(made))[0].version == 2
-    assert located(two[0]) == two[0]
+    assert located(made) == [made / COPIES / "1-gone.toml"]
+    assert read_principles(*located(made))[0].version == 2
+    assert located(two[0]) == [two[0]]
+
+
+def test_several_copies_keep_their_order(tmp_path):
+    """Ten comes after two; the same file may stand twice, which reading them refuses."""
+    made, names = run(tmp_path, "constitution-1"), [f"{i}.toml" for i in range(11)]
+    for name in names:
+        put(tmp_path / name, toml(values(f"p-{name[:-5]}", text=f"Text {name}.")))
+    keep_copies([str(tmp_path / name) for name in names], made)
+    assert [p.id for p in read_principles(*located(made))] == [f"p-{i}" for i in range(11)]
 
 
 def test_a_directory_without_a_constitution_is_refused(two, tmp_path):
     made = run(tmp_path, "constitution-1", two[0])
-    (made / COPY).unlink()
-    assert refusal(located, made).startswith(f"{made}: the run keeps no {COPY}")
+    (made / COPIES / "1-gone.toml").unlink()
+    assert refusal(located, made).startswith(f"{made}: the run keeps no {COPIES}")
     other = run(tmp_path, "sft-1")
     assert refusal(located, other).startswith(f"{other}: not a run of the constitution stage")
     with pytest.raises(UserError, match="not a run directory"):
@@ -177,8 +186,9 @@ def test_runs_are_found_by_content_and_by_descent(two, tmp_path):
 @pytest.mark.slow
 def test_a_real_run_keeps_its_constitution(lab):
     made = Run.load(next(lab.runs.glob("*/constitution-*")))
-    assert (made.path / COPY).read_bytes() == SHIPPED.read_bytes()
-    assert hash_path(str(made.path / COPY)) in made.manifest["data"].values()
+    (copy,) = located(made.path)
+    assert copy.read_bytes() == SHIPPED.read_bytes()
+    assert hash_path(str(copy)) in made.manifest["data"].values()
     assert {used for _, uses in users(lab.runs) for used in uses} == {hash_path(str(SHIPPED))}
     assert {made.stage for made, _ in users(lab.runs)} == {"constitution", "reward", "dpo"}
 

@@ -184,7 +184,7 @@ def test_what_is_judged_is_answer_and_revision_under_both_prompts(rows: ModuleTy
 
 
 def test_the_bench_takes_settings_prompts_and_model_of_the_latest_constitution(rows: ModuleType, lab: Any) -> None:
-    task, parent = rows.set_up(lab.runs, 2)
+    task, parent = rows.set_up(next(lab.runs.iterdir()), 2)
     assert parent.manifest["stage"] == "sft"
     assert (len(task.prompts), len(task.principles), task.limit) == (2, 2, 6)
 

@@ -62,6 +62,9 @@ def planted(tmp_path: Path, kind: str, text: str) -> str:
             (tmp_path / "planted").mkdir(exist_ok=True)
             write(tmp_path / "planted" / "planted.jsonl", [{**TEST_ROW, "question": text}])
             return f"reward.preferences={bank([str(tmp_path / 'planted')])}"
+        case "constitution.prompts":
+            write(tmp_path / "planted.jsonl", [row])
+            return f"{kind}={bank([str(tmp_path / 'planted.jsonl')])}"
         case _:
             write(tmp_path / "planted.jsonl", [row])
             return f"{kind}={tmp_path / 'planted.jsonl'}"
@@ -105,9 +108,10 @@ def test_the_shipped_recipes_do_not_leak(name):
 
 PATHS = {
     "sft.data": True,
-    "constitution.principles": False,
-    "constitution.prompts": False,
-    "constitution.judge_bank": False,
+    "constitution.principles": True,
+    "constitution.prompts": True,
+    "constitution.examples": False,
+    "judge.bank": False,
     "reward.preferences": True,
     "reward.validation": False,
     "dpo.preferences": True,
@@ -130,7 +134,7 @@ def test_every_row_of_the_shipped_data_is_read(tiny, monkeypatch):
     seen = set()
     monkeypatch.setattr("truthward.check.read_rows", lambda path, kind: seen.add(path))
     read_data(tiny())
-    assert seen == {f"data/{name}" for name in ("prompts.jsonl", "truth/train", "truth/dev", "truth/test")}
+    assert seen == {f"data/{name}" for name in ("prompts.jsonl", "judge", "truth/train", "truth/dev", "truth/test")}
 
 
 # -------------------------------------------------------------------------------------------- disk, reasons, commands

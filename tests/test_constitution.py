@@ -1,154 +1,19 @@
-"""The judge and its qualification, revisions and their checks, what rows carry, and exact resume."""
+"""The constitution stage: what rows carry, drawing, exact resume, and what happens when no judge qualifies."""
 
 import json
-import math
 import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from lab import ROOT, Lab
+from lab import ROOT, Lab, principle
 
 from constitution import __main__ as constitution
-from constitution import judge as judging
-from constitution.judge import Case, Judge, measure, pick, require_qualified, soft_label
-from truthward import chat
+from constitution.qualify import pick
+from constitution.workshop import Workshop
 from truthward.errors import UserError
 from truthward.ledger import Run, plan
-from truthward.principles import Principle
-from truthward.records import Preference, Prompt, Question, Revision, read_rows
+from truthward.records import Preference, Prompt, Revision, read_rows
 from truthward.stage import run_stage
-
-
-def principle(name: str, weight: float = 1.0) -> Principle:
-    texts = {key: key for key in ("title", "text", "critique", "revision", "why")}
-    return Principle(id=name, version=2, follow=f"follow {name}", violate=f"violate {name}", weight=weight, **texts)
-
-
-@pytest.fixture
-def stub(monkeypatch, tiny):
-    """A model that a function stands for: ``stub(lambda system, question, answer: log p)``; gives a tokenizer."""
-    _, tokenizer = tiny
-
-    def put(logprob):
-        def answer_sums(model, items, **options):
-            rows = []
-            for item in items:
-                turns = tokenizer.decode(item.prompt).split("<|im_start|>")[1:-1]
-                texts = dict(turn.removesuffix("<|im_end|>\n").split("\n", 1) for turn in turns)
-                answers = [chat.decode(tokenizer, answer) for answer in item.answers]
-                rows.append([logprob(texts.get("system", ""), texts["user"], a) for a in answers])
-            return rows
-
-        monkeypatch.setattr(judging, "answer_sums", answer_sums)
-        return tokenizer
-
-    return put
-
-
-# ------------------------------------------------------------------------------------------------------------- scores
-
-
-@pytest.mark.parametrize(("method", "expected"), [("likelihood", [-1.5, -1.5]), ("contrast", [1.5, -0.375])])
-def test_a_score_is_the_mean_a_token_over_principles(stub, method, expected):
-    """Tokens with the end: ``abc`` 4, ``abcdefg`` 8. Likelihood: mean of -4/4, -8/4 and of -8/8, -16/8."""
-    table = {
-        ("follow a", "abc"): -4.0,
-        ("follow b", "abc"): -8.0,
-        ("violate a", "abc"): -8.0,
-        ("violate b", "abc"): -16.0,
-        ("follow a", "abcdefg"): -8.0,
-        ("follow b", "abcdefg"): -16.0,
-        ("violate a", "abcdefg"): -6.0,
-        ("violate b", "abcdefg"): -12.0,
-    }
-    tokenizer = stub(lambda system, question, answer: table[system, answer])
-    case = Case("q?", ["abc", "abcdefg"], [principle("a"), principle("b")])
-    assert Judge(None, tokenizer, method).scores([case]) == [pytest.approx(expected)]
-
-
-def test_every_case_keeps_its_own_scores(stub):
-    tokenizer = stub(lambda system, question, answer: -float(len(question)) * (len(answer) + 1))
-    cases = [Case("q" * n, ["a"] * k, [principle("a")] * m) for n, k, m in ((1, 3, 2), (5, 1, 1), (2, 2, 3))]
-    assert Judge(None, tokenizer).scores(cases) == [[-1.0] * 3, [-5.0], [-2.0] * 2]
-
-
-def test_a_real_models_likelihood_prefers_what_it_says_itself(tiny):
-    """Of all single letters, the judge under likelihood prefers the one that the model finds likeliest."""
-    model, tokenizer = tiny
-    letters = list("abcdefgh")
-    (scores,) = Judge(model, tokenizer).scores([Case("Which?", letters, [principle("a")])])
-    prompt = chat.prompt_ids(tokenizer, chat.user("Which?", "follow a"))
-    totals = []
-    for letter in letters:
-        ids = chat.answer_ids(tokenizer, letter)
-        logprobs = model(input_ids=model.dummy_inputs["input_ids"].new_tensor([prompt + ids])).logits[0].log_softmax(-1)
-        totals.append(sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)) / len(ids))
-    assert scores == pytest.approx(totals, abs=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------------ qualification
-
-QUESTIONS = [
-    Question(id=str(i), topic="t", kind="k", question=f"Is {i}?", true=["yes a", "yes b"], false=["not a", "not b"])
-    for i in range(40)
-]
-
-
-def record(stub, logprob) -> dict:
-    return measure(None, stub(logprob), QUESTIONS, [principle("a"), principle("b")], 1, 400, seed=0)
-
-
-def test_a_judge_that_tells_true_from_false_qualifies(stub):
-    found = record(stub, lambda system, question, answer: float("yes" in answer and "follow" in system))
-    assert {m: (r["accuracy"]["mean"], r["refused"]) for m, r in found["methods"].items()} == {
-        "contrast": (1.0, False),
-        "likelihood": (1.0, False),
-    }
-    assert found["methods"]["contrast"]["accuracy"]["n"] == len(QUESTIONS)  # questions, not pairs
-    require_qualified(found)
-
-
-def test_the_better_method_is_chosen(stub):
-    """A model that likes true answers under any system prompt: contrast cancels it and stays at chance."""
-    found = record(stub, lambda system, question, answer: float("yes" in answer))
-    assert found["chosen"] == "likelihood"
-    assert found["methods"]["contrast"] == {"accuracy": {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 40}, "refused": True}
-    require_qualified(found)
-
-
-def test_a_judge_above_chance_whose_interval_is_not_is_refused(stub):
-    """Right on 21 questions of 40."""
-    found = record(stub, lambda system, question, answer: float(("yes" in answer) == (int(question[3:-1]) < 21)))
-    assert found["methods"]["likelihood"]["accuracy"]["mean"] == pytest.approx(21 / 40)
-    with pytest.raises(UserError, match="no judge clears chance"):
-        require_qualified(found)
-
-
-@pytest.mark.parametrize("worse", [False, True])
-def test_a_judge_at_or_below_chance_is_refused(stub, worse):
-    coin = random.Random(1)
-    found = record(stub, lambda system, question, answer: -float("yes" in answer) if worse else coin.random())
-    with pytest.raises(UserError, match=r"no judge clears chance.*likelihood 0\.\d+") as caught:
-        require_qualified(found)
-    assert "stronger constitution.parent" in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------------------ labels and drawing
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e3))
-def test_a_soft_label_is_a_probability_and_the_swapped_one_is_its_complement(difference, temperature):
-    label = soft_label(difference, temperature)
-    assert 0 <= label <= 1
-    assert label + soft_label(-difference, temperature) == pytest.approx(1)
-
-
-def test_soft_labels_by_hand():
-    assert soft_label(0, 4) == 0.5
-    assert soft_label(4, 4) == pytest.approx(1 / (1 + math.exp(-1)))
-    assert soft_label(4, 8) < soft_label(4, 4) < soft_label(8, 4)
 
 
 def test_principles_are_drawn_by_weight_without_repetition_and_by_seed():
@@ -176,6 +41,7 @@ SETTINGS = (
     "constitution.max_new_tokens=24",
     "constitution.rounds=2",
     "constitution.min_confidence=0.5",
+    "constitution.ways=['samples', 'contrast', 'revisions']",
 )
 
 
@@ -252,8 +118,8 @@ def test_a_killed_run_goes_on_to_the_same_rows_byte_for_byte(world, monkeypatch,
     torn = b"".join(groups[kept : kept + 1])
     interrupted(world, b"".join(groups[:kept]) + torn[: len(torn) // 2])
     done = []
-    group = constitution.Workshop.group
-    monkeypatch.setattr(constitution.Workshop, "group", lambda self, prompts: done.append(1) or group(self, prompts))
+    group = Workshop.group
+    monkeypatch.setattr(Workshop, "group", lambda self, prompts: done.append(1) or group(self, prompts))
     again = run(world)
     assert again.path == whole.path
     assert {name: (again.path / name).read_bytes() for name in names} == files
@@ -265,30 +131,70 @@ def test_a_resumed_run_reads_groups_whose_text_holds_odd_line_ends(tmp_path):
     path = tmp_path / "groups.jsonl"
     groups = [{"revisions": [{"text": "a\u2028b\x85c\u2029d\x0be"}], "preferences": []}, {"revisions": []}]
     path.write_text("".join(json.dumps(g, ensure_ascii=False) + "\n" for g in groups) + '{"torn', encoding="utf-8")
-    assert constitution._whole_lines(path) == groups
-    assert constitution._whole_lines(path) == groups
+    assert constitution.whole_lines(path) == groups
+    assert constitution.whole_lines(path) == groups
 
 
 @pytest.mark.parametrize("text", ["", '{"torn'])
 def test_nothing_whole_is_nothing_done(tmp_path, text):
-    assert constitution._whole_lines(tmp_path / "none.jsonl") == []
+    assert constitution.whole_lines(tmp_path / "none.jsonl") == []
     (tmp_path / "groups.jsonl").write_text(text)
-    assert constitution._whole_lines(tmp_path / "groups.jsonl") == []
+    assert constitution.whole_lines(tmp_path / "groups.jsonl") == []
 
 
 def test_an_unqualified_judge_stops_the_stage_and_warn_goes_on(world, monkeypatch):
-    chance = {"accuracy": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}, "refused": True}
-    record = {"methods": {"contrast": chance, "likelihood": chance}, "chosen": "contrast"}
-    monkeypatch.setattr(constitution, "measure", lambda *_: record)
+    chance = {"accuracy": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}, "refused": True, "temperature": 1.0}
+    record = {"methods": {"contrast": chance, "likelihood": chance}, "principles": {}, "chosen": {}}
+    monkeypatch.setattr(constitution, "qualify", lambda *_: record)
     for _ in range(2):  # the record is kept, and refuses again
-        with pytest.raises(UserError, match="no judge clears chance"):
-            run(world, "constitution.judge_gate=block")
-    recipe = world.recipe(*SETTINGS, "constitution.judge_gate=block")
-    stopped = Run.load(plan(recipe)["constitution"].path)
+        with pytest.raises(UserError, match=r"no judge clears chance.*contrast 0\.500.*likelihood 0\.500") as caught:
+            run(world, "judge.gate=block")
+    assert "judge.base_url" in str(caught.value)
+    stopped = Run.load(plan(world.recipe(*SETTINGS, "judge.gate=block"))["constitution"].path)
     assert not stopped.done
     assert stopped.manifest["judge"] == record
     assert not (stopped.path / "preferences.jsonl").exists()
-    went_on = run(world, "constitution.judge_gate=warn", "constitution.rounds=1")
+    went_on = run(world, "judge.gate=warn", "constitution.rounds=1")
     assert went_on.done
     assert went_on.manifest["judge"] == record
     assert json.loads((went_on.path / "groups.jsonl").read_text().splitlines()[0])["revisions"]
+
+
+def test_only_principles_that_qualified_are_drawn_and_judged_by(world, monkeypatch):
+    fine = {"accuracy": {"mean": 0.9, "low": 0.8, "high": 1.0, "n": 9}, "refused": False, "temperature": 1.0}
+    record = {"methods": {"contrast": fine}, "principles": {}, "chosen": {"short-and-plain": "contrast"}}
+    monkeypatch.setattr(constitution, "qualify", lambda *_: record)
+    made = run(world)
+    rows = [r.principle for r in read_rows(made.path / "revisions.jsonl", Revision)]
+    rows += [p for r in read_rows(made.path / "preferences.jsonl", Preference) for p in r.principle]
+    assert set(rows) == {"short-and-plain"}
+
+
+def test_a_contrast_pair_is_one_that_the_panel_sees_so_too(world):
+    rows = read_rows(run(world).path / "preferences.jsonl", Preference)
+    ways = Counter(p.source.rsplit("/", 1)[1] for p in rows)
+    assert ways["contrast"]
+    assert ways["samples"]
+    assert ways["revision"]
+    assert ways["contrast"] < 6  # of six made; the others were judged the other way round
+
+
+def test_labels_are_held_within_the_clamp(world):
+    rows = read_rows(run(world, "judge.clamp=0.4").path / "preferences.jsonl", Preference)
+    free = read_rows(run(world).path / "preferences.jsonl", Preference)
+    assert [p.probability for p in rows] == [min(p.probability, 0.6) for p in free]
+    assert max(p.probability for p in free) > 0.6
+
+
+def test_another_stage_may_judge(world):
+    own, other = (run(world, f"judge.model={name}").manifest for name in ("sft", "base"))
+    assert own["parents"]["judge"] == own["parents"]["model"]
+    assert other["parents"]["judge"].startswith("base-")
+    assert own["judge"]["methods"] != other["judge"]["methods"]
+    assert own["judge"] == run(world).manifest["judge"]
+
+
+def test_a_run_keeps_its_constitution(world):
+    made = run(world)
+    (copy,) = (made.path / "principles").glob("*.toml")
+    assert copy.read_bytes() == (ROOT / "constitution" / "principles.toml").read_bytes()

@@ -11,11 +11,9 @@ from test_data import near
 
 from constitution.critique import (
     COPIED,
-    Example,
     critique_request,
     fault,
     pick_shots,
-    read_examples,
     refuses,
     repeats,
     revision_request,
@@ -24,6 +22,7 @@ from constitution.critique import (
 )
 from truthward import chat
 from truthward.errors import UserError
+from truthward.examples import Example, read_examples
 from truthward.principles import Principle, read_principles
 from truthward.records import Prompt, Question, read_demonstrations, read_rows
 

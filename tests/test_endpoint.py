@@ -19,9 +19,10 @@ from faulty_server import Server, completion, odds, with_logprobs, with_text
 from lab import ROOT
 
 from constitution import endpoint
-from constitution.endpoint import Endpoint, EndpointSettings, Estimate, Pace
+from constitution.endpoint import Endpoint, Estimate, Pace
 from constitution.replies import SPOKEN
 from truthward.errors import UserError
+from truthward.tables import Judge
 
 KEY = "sk-proj-4fT9xQ.w2Lz_7bN0"
 FAULTS = ("silence", "429", "status 500", "status 503", "status 408", "cut", "truncated", "garbage", "empty", "null")
@@ -41,7 +42,7 @@ def judge(tmp_path):
 
     def make(server, cache="replies.jsonl", **values):
         values = {"model": "m", "timeout": 10.0, "retries": 3, "concurrency": 4} | values
-        return Endpoint(EndpointSettings(base_url=server.url, **values), tmp_path / cache)
+        return Endpoint(Judge(base_url=server.url, **values), tmp_path / cache)
 
     return make
 
@@ -237,7 +238,7 @@ def test_a_key_that_is_missing_or_none_is_said_before_anything_is_sent(judge, mo
 )
 def test_an_address_must_be_plain(tmp_path, url):
     with pytest.raises(UserError, match="judge.base_url") as caught:
-        Endpoint(EndpointSettings(base_url=url, model="m"), tmp_path / "cache")
+        Endpoint(Judge(base_url=url, model="m"), tmp_path / "cache")
     assert "pass@" not in str(caught.value)
 
 
@@ -300,8 +301,9 @@ def test_only_what_is_missing_is_asked_and_a_cut_line_is_dropped(judge):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from constitution.endpoint import Endpoint, EndpointSettings
-settings = EndpointSettings(base_url=sys.argv[1], model="m", concurrency=3)
+from constitution.endpoint import Endpoint
+from truthward.tables import Judge
+settings = Judge(base_url=sys.argv[1], model="m", concurrency=3)
 print(json.dumps(Endpoint(settings, Path(sys.argv[2])).choices(json.load(sys.stdin))))
 """
 
@@ -319,7 +321,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_asks_nothing_twice(tmp_path):
                     time.sleep(0.002)
                 process.send_signal(signal.SIGKILL)
             assert process.returncode == -signal.SIGKILL
-        settings = EndpointSettings(base_url=server.url, model="m", concurrency=3)
+        settings = Judge(base_url=server.url, model="m", concurrency=3)
         assert Endpoint(settings, cache).choices(requests) == opinions(requests)
         assert 40 <= len(server.asked) <= 40 + 2 * 3
     assert len({json.loads(line)["key"] for line in cache.read_text().splitlines()}) == 40

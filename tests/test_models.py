@@ -17,7 +17,9 @@ def test_logits_that_change_after_the_head_are_refused(config):
         refuse_scaled_logits(config)
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(), Gemma2Config(final_logit_softcapping=None), CohereConfig(logit_scale=1.0)])
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(), Gemma2Config(final_logit_softcapping=None), CohereConfig(logit_scale=1.0)]
+)
 def test_logits_that_are_the_heads_are_taken(config):
     refuse_scaled_logits(config)
 

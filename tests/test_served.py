@@ -11,9 +11,10 @@ import torch
 from faulty_server import Server, passed_on, with_text
 from lab import sharpen
 
-from constitution.endpoint import Endpoint, EndpointSettings
+from constitution.endpoint import Endpoint
 from constitution.replies import SPOKEN
 from truthward import chat, models
+from truthward.tables import Judge
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +67,7 @@ def test_faults_before_a_real_server_change_nothing(tmp_path, monkeypatch, speak
         return random.Random(f"{body['messages']} {attempt}").choice(["429", "status 500", "cut", "garbage", None])
 
     with Server(passed_on(url)) as proxy:
-        settings = EndpointSettings(base_url=proxy.url, model=name, key_env="", retries=300, concurrency=2)
+        settings = Judge(base_url=proxy.url, model=name, key_env="", retries=300, concurrency=2)
         judge = Endpoint(settings, tmp_path / "replies.jsonl")
         judge.choices(requests[:1])  # until the server is up
         proxy.asked.clear()

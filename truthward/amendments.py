@@ -13,7 +13,7 @@ from rich.text import Text
 
 from truthward.console import console, say
 from truthward.errors import UserError
-from truthward.ledger import Run, hash_path
+from truthward.ledger import Run, as_list, hash_path
 from truthward.principles import (
     TEXTS,
     Constitution,
@@ -22,7 +22,6 @@ from truthward.principles import (
     advice,
     located,
     read_constitution,
-    read_principles,
 )
 
 
@@ -104,7 +103,8 @@ def users(runs: Path) -> Iterator[tuple[Run, set[str]]]:
         above = set[str]().union(*(hashes(p) for p in parents if p))
         if run.manifest.get("stage") != "constitution":
             return above
-        return above | {run.manifest["data"][run.manifest["recipe"]["constitution"]["principles"]]}
+        named = run.manifest["recipe"]["constitution"]["principles"]
+        return above | {run.manifest["data"][path] for path in as_list(named)}
 
     for run in found.values():
         if used := hashes(run):
@@ -117,9 +117,9 @@ def show(paths: list[str], *, long: bool = False) -> None:
     Raises:
         UserError: the first fault; names file, principle and key.
     """
-    files = [located(path) for path in paths]
-    principles = read_principles(*files)
-    for persona in filter(None, (read_constitution(file).persona for file in files)):
+    files = [file for path in paths for file in located(path)]
+    principles, persona = read_constitution(*files)
+    if persona:
         _show_persona(persona, long)
     table = Table(
         "id", "version", "weight", "share", "tags", "title", title=", ".join(map(str, files)), title_justify="left"
@@ -144,12 +144,12 @@ def show_difference(old: str, new: str, runs: str) -> None:
         UserError: one of them is at fault, or a text changed without a higher version (after all has been printed).
     """
     files = [located(old), located(new)]
-    before, after = map(read_constitution, files)
+    before, after = (read_constitution(*each) for each in files)
     found = compare(before, after)
     if any(found):
         _show_table(before, after, found)
     else:
-        say(f"{files[0]} and {files[1]} have the same principles")
+        say(f"{_names(files[0])} and {_names(files[1])} have the same principles")
     for name, changes in (("persona", found.persona), *found.changed.items()):
         if changes:
             say(f"\n[bold]{name}[/]")
@@ -158,7 +158,7 @@ def show_difference(old: str, new: str, runs: str) -> None:
     _show_users(files, Path(runs))
     if found.faults:
         fix = "raise the version by one with every change of a text, or name the older constitution first"
-        raise UserError("; ".join(found.faults), where=str(files[1]), fix=fix)
+        raise UserError("; ".join(found.faults), where=_names(files[1]), fix=fix)
 
 
 def _fields(row: Principle | Persona) -> dict[str, Any]:
@@ -185,13 +185,18 @@ def _show_table(before: Constitution, after: Constitution, found: Comparison) ->
     console.print(table)
 
 
-def _show_users(files: list[Path], runs: Path) -> None:
+def _names(files: list[Path]) -> str:
+    return " with ".join(map(str, files))
+
+
+def _show_users(files: list[list[Path]], runs: Path) -> None:
     names = dict[str, str]()
-    for letter, file in zip("AB", files, strict=True):
-        names[hash_path(str(file))] = names.get(hash_path(str(file)), "") + letter
+    for letter, each in zip("AB", files, strict=True):
+        for value in {hash_path(str(file)) for file in each}:
+            names[value] = names.get(value, "") + letter
     used = [(run, [names[h] for h in sorted(hashes) if h in names]) for run, hashes in users(runs)]
     used = [(run, letters) for run, letters in used if letters]
-    say(f"\nA is {files[0]}\nB is {files[1]}")
+    say(f"\nA is {_names(files[0])}\nB is {_names(files[1])}")
     if not used:
         say(f"no run in {runs} used either")
         return

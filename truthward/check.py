@@ -12,10 +12,11 @@ from rich.table import Table
 
 from truthward.console import console, say
 from truthward.errors import UserError
+from truthward.examples import read_examples
 from truthward.ledger import Planned, Run, plan
 from truthward.principles import read_principles
 from truthward.recipe import missing_reasons, require_reasons
-from truthward.records import Preference, Prompt, Question, read_demonstrations, read_rows
+from truthward.records import Pair, Preference, Prompt, Question, read_demonstrations, read_rows
 from truthward.tables import Recipe
 
 NEAR = 0.7  # share of common words from which two questions count as the same
@@ -56,8 +57,8 @@ def read_data(recipe: Recipe) -> None:
         UserError: the first file, line and field that is wrong.
     """
     sources: list[tuple[str, str, Any]] = [
-        ("constitution", recipe.constitution.prompts, Prompt),
-        ("constitution", recipe.constitution.judge_bank, Question),
+        *(("constitution", path, Prompt) for path in recipe.constitution.prompts),
+        ("constitution", recipe.judge.bank, Pair),
         ("reward", recipe.reward.validation, Question),
         ("ppo", recipe.ppo.prompts, Prompt),
         ("base", recipe.evals.truth, Question),
@@ -74,7 +75,8 @@ def read_data(recipe: Recipe) -> None:
         if stage in recipe.stages and paths:
             read_demonstrations(paths)
     if "constitution" in recipe.stages:
-        read_principles(recipe.constitution.principles)
+        read_principles(*recipe.constitution.principles)
+        read_examples(recipe.constitution.examples)
 
 
 def check_rewards(recipe: Recipe) -> None:
@@ -144,8 +146,8 @@ def _training_texts(recipe: Recipe) -> list[tuple[str, str]]:
                 texts += [(source, q.question) for q in read_rows(source, Question)]
             else:
                 texts += [(source, p.prompt) for p in read_rows(source, Preference)]
-    for key, path in (("constitution", recipe.constitution.prompts), ("ppo", recipe.ppo.prompts)):
-        if key in recipe.stages:
+    for key, paths in (("constitution", recipe.constitution.prompts), ("ppo", [recipe.ppo.prompts])):
+        for path in paths if key in recipe.stages else []:
             texts += [(path, p.prompt) for p in read_rows(path, Prompt)]
     return list(dict.fromkeys(texts))
 

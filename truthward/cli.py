@@ -45,7 +45,7 @@ def _principles(parser: argparse.ArgumentParser) -> None:
     """``principles [FILE ...]`` and ``principles diff A B``."""
     actions = parser.add_subparsers(dest="action", required=True)
     lists = actions.add_parser("list", help="list and check; the word may be left out")
-    lists.add_argument("files", nargs="*", default=[PRINCIPLES], help=f"TOML files or a run directory ({PRINCIPLES})")
+    lists.add_argument("files", nargs="*", default=PRINCIPLES, help=f"TOML files or a run directory ({PRINCIPLES[0]})")
     lists.add_argument("--long", action="store_true", help="show every text and reason")
     lists.set_defaults(work=_list)
     differs = actions.add_parser("diff", help="what two constitutions differ in, and which runs used which")

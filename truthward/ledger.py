@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from truthward.errors import UserError
-from truthward.recipe import DATA_KEYS, ppo_base, settings
+from truthward.recipe import DATA_KEYS, judge_settings, ppo_base, settings
 from truthward.tables import MODEL_STAGES, Recipe
 
 CODE = {  # stage -> module; the others are their own name
@@ -155,6 +155,8 @@ def plan(recipe: Recipe) -> dict[str, Planned]:
         parents = {}
         if stage != "base":
             parents["model"] = getattr(recipe, stage).parent
+        if stage == "constitution" and recipe.judge.model in planned and not recipe.judge.base_url:
+            parents["judge"] = recipe.judge.model
         if stage in ("reward", "dpo") and "constitution" in getattr(recipe, stage).preferences:
             parents["preferences"] = "constitution"
         if stage == "ppo":
@@ -171,7 +173,10 @@ def plan(recipe: Recipe) -> dict[str, Planned]:
 
 def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, parents: dict[str, str]) -> None:
     values = settings(recipe, "model" if stage == "base" else stage)
-    paths = [p for key in sorted(DATA_KEYS & values.keys()) for p in _as_list(values[key]) if p != "constitution"]
+    paths = [p for key in sorted(DATA_KEYS & values.keys()) for p in as_list(values[key]) if p != "constitution"]
+    if stage == "constitution":
+        values = {**values, "judge": judge_settings(recipe)}
+        paths.append(recipe.judge.bank)
     if stage == "base" and Path(recipe.model.base).is_dir():
         paths.append(recipe.model.base)
     if stage == "ppo":  # a reward function's file, a classifier's folder; a hub id is no path
@@ -184,7 +189,8 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
     planned[name] = Planned(stage, path, parents, data, values, value)
 
 
-def _as_list(value: str | list[str]) -> list[str]:
+def as_list(value: str | list[str]) -> list[str]:
+    """Paths of a recipe's key that holds one or several."""
     return value if isinstance(value, list) else [value]
 
 

@@ -15,13 +15,13 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from truthward.errors import UserError
-from truthward.ledger import Run
+from truthward.ledger import Run, write_text
 from truthward.records import Row, validated
 
 TEXTS = ("text", "critique", "revision", "follow", "violate")  # what a model reads; a change of one is a new version
 APART = 0.25  # share of the longer one by which follow and violate may differ in length
 WORD = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-COPY = "principles.toml"  # a constitution run's own copy of what it was given, byte for byte
+COPIES = "principles"  # folder of a constitution run with its own copies of the files that it was given, byte for byte
 
 
 def _text(value: str) -> str:
@@ -91,7 +91,7 @@ class Persona(Row):
 
 
 class Constitution(NamedTuple):
-    """What one file holds."""
+    """What its files hold."""
 
     principles: list[Principle]
     persona: Persona | None
@@ -103,20 +103,23 @@ def read_principles(*paths: str | Path) -> list[Principle]:
     Raises:
         UserError: the first fault; names file, principle and key.
     """
-    placed = [pair for path in paths for pair in _read(Path(path))[1]]
-    _require_distinct(placed)
-    return [principle for _, principle in placed]
+    return read_constitution(*paths).principles
 
 
-def read_constitution(path: str | Path) -> Constitution:
-    """Principles and persona of one file.
+def read_constitution(*paths: str | Path) -> Constitution:
+    """Principles and persona of one or several files.
 
     Raises:
-        UserError: as :func:`read_principles`.
+        UserError: as :func:`read_principles`, or a second persona.
     """
-    persona, placed = _read(Path(path))
-    _require_distinct(placed)
-    return Constitution([principle for _, principle in placed], persona)
+    files = [_read(Path(path)) for path in paths]
+    _require_distinct([pair for _, placed in files for pair in placed])
+    personas = [persona for persona, _ in files if persona]
+    if len(personas) > 1:
+        raise UserError(
+            "a second [persona]", where=str(paths[-1]), fix="a model speaks as one persona; leave the others out"
+        )
+    return Constitution([principle for _, placed in files for _, principle in placed], next(iter(personas), None))
 
 
 def read_persona(path: str | Path) -> tuple[Persona, list[Principle]]:
@@ -131,21 +134,28 @@ def read_persona(path: str | Path) -> tuple[Persona, list[Principle]]:
     return persona, principles
 
 
-def located(path: str | Path) -> Path:
-    """The constitution's file: ``path`` itself, or a constitution run's own copy.
+def keep_copies(paths: list[str], run: Path) -> None:
+    """Put a constitution's files into a run directory, numbered in their order; their bytes keep their hashes."""
+    for number, path in enumerate(paths, 1):
+        write_text(run / COPIES / f"{number}-{Path(path).name}", Path(path).read_bytes().decode())
+
+
+def located(path: str | Path) -> list[Path]:
+    """A constitution's files: ``path`` itself, or a constitution run's own copies in order.
 
     Raises:
-        UserError: a directory that is no run of the constitution, or that keeps no copy.
+        UserError: a directory that is no run of the constitution, or that keeps no copies.
     """
     path = Path(path)
     if not path.is_dir():
-        return path
+        return [path]
     run = Run.load(path)
     if run.manifest.get("stage") != "constitution":
         raise UserError("not a run of the constitution stage", where=str(path), fix="name a constitution-… directory")
-    if not (path / COPY).is_file():
-        raise UserError(f"the run keeps no {COPY}", where=str(path), fix="name the TOML file that it was given")
-    return path / COPY
+    copies = sorted((path / COPIES).glob("*.toml"), key=lambda p: int(p.name.partition("-")[0]))
+    if not copies:
+        raise UserError(f"the run keeps no {COPIES}", where=str(path), fix="name the TOML files that it was given")
+    return copies
 
 
 def advice(principles: list[Principle]) -> list[str]:

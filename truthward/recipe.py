@@ -14,14 +14,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from truthward.errors import UserError
-from truthward.tables import Recipe, Table, Training
+from truthward.tables import Recipe, Server, Table, Training
 
 DATA_KEYS = {
     "data",
     "prompts",
     "principles",
     "preferences",
-    "judge_bank",
+    "examples",
+    "bank",
     "validation",
     "truth",
     "style_bank",
@@ -65,6 +66,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, why: str =
 def settings(recipe: Recipe, table: str) -> dict[str, Any]:
     """The resolved values of one table, without its reasons (these do not change a result)."""
     return getattr(recipe, table).model_dump(mode="json", exclude={"why"})
+
+
+def judge_settings(recipe: Recipe) -> dict[str, Any]:
+    """What of ``[judge]`` can change a verdict: all but how fast a server may be asked, and what it costs."""
+    values = settings(recipe, "judge")
+    return {k: v for k, v in values.items() if k == "base_url" or k not in Server.model_fields}
 
 
 def missing_reasons(recipe: Recipe) -> list[str]:

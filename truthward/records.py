@@ -80,6 +80,22 @@ class Preference(Row):
     model: str = ""
 
 
+class Pair(Row):
+    """A labelled pair: ``better`` keeps the principle, ``worse`` breaks it."""
+
+    id: str = Field(min_length=1)
+    principle: str = Field(min_length=1)
+    prompt: str = Field(min_length=1)
+    better: str = Field(min_length=1)
+    worse: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _answers_differ(self) -> Pair:
+        if self.better == self.worse:
+            raise ValueError("better and worse are the same")
+        return self
+
+
 class Revision(Row):
     """One critique and revision of an answer (Bai et al. 2022, section 3.1), and whether it helped."""
 
@@ -93,8 +109,8 @@ class Revision(Row):
     round: int
     seed: int
     model: str
-    score_before: float
-    score_after: float
+    score_before: float | None
+    score_after: float | None
     helped: bool
     why_not: str = ""
 
@@ -142,6 +158,14 @@ def validated(value: Any, kind: type[R], where: str) -> R:
             raise UserError(faults, where=where, fix="mend what it names") from error
         fix = f"a {kind.__name__.lower()} has the keys {', '.join(kind.model_fields)}"
         raise UserError(faults, where=where, fix=fix) from error
+
+
+def read_pairs(path: str, most: int) -> dict[str, list[Pair]]:
+    """Labelled pairs by principle, at most so many of each: the first, in the order of the bank."""
+    found: dict[str, list[Pair]] = {}
+    for pair in read_rows(path, Pair):
+        found.setdefault(pair.principle, []).append(pair)
+    return {principle: pairs[:most] for principle, pairs in found.items()}
 
 
 def read_demonstrations(paths: list[str]) -> list[Demonstration]:

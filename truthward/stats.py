@@ -1,7 +1,11 @@
-"""Intervals: every score carries its n and a 95 % bootstrap interval, and comparisons are paired."""
+"""Intervals: every score carries its n and a 95 % bootstrap interval, and comparisons are paired.
+
+A *margin* is the score of a pair's better answer minus that of its worse one.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,3 +63,55 @@ def mean_interval(
     means = totals[draws].sum(1) / counts[draws].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(totals.sum() / counts.sum()), float(low), float(high), len(index))
+
+
+def probability(difference: float, temperature: float = 1.0) -> float:
+    """That the first of two answers is better, from the difference of their scores (Bradley-Terry)."""
+    return 1 / (1 + math.exp(-max(-60.0, min(60.0, difference / temperature))))
+
+
+def fit_temperature(margins: Sequence[float], coldest: float = 1e-3, hottest: float = 1e3) -> float:
+    """The T at which ``sigmoid(margin / T)`` is the likeliest (Guo et al. 2017, arXiv 1706.04599), within bounds.
+
+    A judge that is always right would have T = 0, one at chance an endless T.
+    """
+
+    def loss(log_t: float) -> float:
+        return -sum(math.log(probability(m, math.exp(log_t))) for m in margins)
+
+    low, high = math.log(coldest), math.log(hottest)
+    for _ in range(60):  # the loss is convex in 1/T, so it has one minimum in log T
+        near, far = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, far) if loss(near) <= loss(far) else (near, high)
+    return math.exp((low + high) / 2)
+
+
+def calibration(margins: Sequence[float], temperature: float = 1.0, bins: int = 10) -> dict[str, float]:
+    """How far the probabilities ``sigmoid(margin / temperature)`` can be believed.
+
+    Returns:
+        ``brier``: mean square of 1 - that of the better answer; ``ece``: mean distance of the winner's probability from how
+        often it is right, over bins of equal width between 0.5 and 1.
+    """
+    better = [probability(m, temperature) for m in margins]
+    off = [0.0] * bins
+    for p in better:
+        winner = max(p, 1 - p)
+        right = 1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0
+        off[min(int((winner - 0.5) * 2 * bins), bins - 1)] += winner - right
+    n = max(1, len(better))
+    return {"brier": sum((1 - p) ** 2 for p in better) / n, "ece": sum(map(abs, off)) / n}
+
+
+def takes_longer(lengths: Sequence[tuple[int, int]], margins: Sequence[float], resamples: int, seed: int) -> Interval | None:
+    """How often the longer answer is taken; without a liking for length it is as often as it is the better one.
+
+    Args:
+        lengths: of each pair, of the better and the worse answer; pairs of equal lengths or scores say nothing.
+    """
+    taken = [
+        1.0 if (margin > 0) == (better > worse) else 0.0
+        for (better, worse), margin in zip(lengths, margins, strict=True)
+        if better != worse and margin
+    ]
+    return mean_interval(taken, resamples=resamples, seed=seed) if taken else None

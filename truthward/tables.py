@@ -62,25 +62,58 @@ class Distill(Training):
     max_new_tokens: int = Field(40, ge=1, description="longest answer in tokens")
     temperature: float = Field(0.7, gt=0, description="sampling temperature of the answers")
     alpha: float = Field(4.0, ge=0, description="weight of log p_follow - log p_violate in the target")
-    cutoff: float = Field(0.0, ge=0, lt=1, description="words below this share of the likeliest one's probability keep theirs")
+    cutoff: float = Field(
+        0.0, ge=0, lt=1, description="words below this share of the likeliest one's probability keep theirs"
+    )
 
 
 class Constitution(Table):
-    parent: ModelStage = Field("sft", description="the model that answers, criticises and judges")
-    principles: str = Field("constitution/principles.toml", description="the written constitution")
-    prompts: str = Field("data/prompts.jsonl", description="prompts to answer (JSONL)")
-    judge_bank: str = Field("data/truth/dev", description="labelled questions that the judge must qualify on")
+    parent: ModelStage = Field("sft", description="the model that answers, criticises and revises")
+    principles: list[str] = Field(["constitution/principles.toml"], min_length=1, description="the written constitution")
+    prompts: list[str] = Field(["data/prompts.jsonl"], min_length=1, description="prompts to answer (JSONL)")
     max_prompts: int = Field(240, ge=1, description="use at most this many prompts, drawn by seed")
+    ways: list[Literal["samples", "contrast", "revisions"]] = Field(
+        ["samples", "revisions"],
+        min_length=1,
+        description="where pairs come from: best and worst sample, one told to keep and one to break a principle, revisions",
+    )
     rounds: int = Field(1, ge=0, description="critique and revision rounds for each prompt")
+    examples: str = Field("constitution/examples.toml", description="critiques and revisions that stand as examples")
+    shots: int = Field(0, ge=0, description="examples shown before a critique or revision, drawn by seed")
     samples: int = Field(2, ge=2, description="answers a prompt, from which preference pairs are made")
-    judge_questions: int = Field(200, ge=1, description="at most this many of them, drawn by seed")
-    judge_gate: Literal["block", "warn"] = Field("block", description="what happens when no judge clears chance")
-    judge_principles: int = Field(2, ge=1, description="principles averaged in one judgement")
-    judge_temperature: float = Field(4.0, gt=0, description="label = sigmoid(10 * difference of scores a token / this)")
     min_confidence: float = Field(0.6, ge=0.5, lt=1, description="pairs whose label is nearer to 0.5 are left out")
     max_new_tokens: int = Field(64, ge=1, description="longest generated text in tokens")
     temperature: float = Field(0.8, gt=0, description="sampling temperature of answers and revisions")
     batch_size: int = Field(32, ge=1, description="rows generated together")
+
+
+class Server(Table):
+    """An OpenAI-compatible endpoint, and how fast it may be asked."""
+
+    base_url: str = Field("", description="its address, with /v1; empty: the judge runs in this process")
+    key_env: str = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the key; empty: the server needs none"
+    )
+    timeout: float = Field(60.0, gt=0, description="seconds that the server may be silent before a request is retried")
+    retries: int = Field(6, ge=0, description="further tries of a request after faults of the network or the server")
+    requests_per_minute: float = Field(0.0, ge=0, description="most requests a minute, evenly spaced; 0: no limit")
+    concurrency: int = Field(8, ge=1, description="requests under way at once")
+    price_per_million_in: float = Field(0.0, ge=0, description="price of a million tokens read; only for the estimate")
+    price_per_million_out: float = Field(0.0, ge=0, description="price of a million tokens written; only for the estimate")
+
+
+class Judge(Server):
+    """Who judges by the principles, and on which labelled pairs that must be earned."""
+
+    model: str = Field("", description="empty: constitution.parent; a stage, a folder, a hub id, or the name on the server")
+    methods: list[Literal["contrast", "likelihood", "choice"]] = Field(
+        ["contrast", "likelihood", "choice"], min_length=1, description="ways of judging to try; a server can only choose"
+    )
+    bank: str = Field("data/judge", description="labelled pairs of answers by principle")
+    pairs: int = Field(100, ge=1, description="at most this many labelled pairs of each principle, the first of its file")
+    gate: Literal["block", "warn"] = Field("block", description="what happens when no method clears chance")
+    principles: int = Field(2, ge=1, description="principles averaged in one judgement of samples")
+    clamp: float = Field(0.0, ge=0, lt=0.5, description="labels are held within [this, 1 - this]")
 
 
 class Reward(Training):
@@ -195,6 +228,7 @@ class Recipe(Table):
     sft: Sft = Sft()
     distill: Distill = Distill()
     constitution: Constitution = Constitution()
+    judge: Judge = Judge()
     reward: Reward = Reward()
     dpo: Dpo = Dpo()
     ppo: Ppo = Ppo()

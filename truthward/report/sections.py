@@ -229,13 +229,34 @@ def constitution(view: View) -> Html:
 
 
 def _judge(record: dict[str, Any]) -> list[Html]:
-    """How well the judge told true answers from false ones before its verdicts were used."""
+    """How well the judge told better answers from worse ones before its verdicts were used, and by which principles."""
+    methods = record.get("methods", {})
+    if not methods:
+        return []
     rows = []
-    for method, found in record.get("methods", {}).items():
-        verdict = "used" if method == record.get("chosen") else "not used"
-        verdict += "; its interval does not clear chance" if found.get("refused") else ""
-        rows.append([method, score(found["accuracy"]), found["accuracy"]["n"], verdict])
-    return [tag("h3", "The judge on labelled pairs"), table(["method", "accuracy", "n", "verdict"], rows)] if rows else []
+    for method, found in methods.items():
+        verdict = "at chance: refused" if found["refused"] else "qualified"
+        longer = score(found["longer"]) if found.get("longer") else "-"
+        first = f"{found['first']:.0%}" if "first" in found else "-"
+        errors = (f"{found[key]:.3f}" for key in ("brier", "ece"))
+        rows.append([method, score(found["accuracy"]), found["accuracy"]["n"], *errors, longer, first, verdict])
+    head = ["method", "accuracy", "n", "Brier", "calibration error", "takes the longer", "takes A", "verdict"]
+    chosen = record["chosen"]
+    parts = [
+        [name, *(score(by[m]["accuracy"]) if m in by else "-" for m in methods), chosen.get(name, "left out")]
+        for name, by in record["principles"].items()
+    ]
+    words = (
+        "A method may judge by a principle when its interval lies above one half over all labelled pairs and over that "
+        f"principle's own. {len(parts)} principles by {len(methods)} methods were tried; by luck alone about one "
+        "interval in forty would."
+    )
+    return [
+        tag("h3", "The judge on labelled pairs"),
+        table(head, rows),
+        tag("p", words),
+        table(["principle", *methods, "judged by"], parts),
+    ]
 
 
 def _rows(path: Path, kind: type[R]) -> list[R]:
