@@ -46,7 +46,7 @@ def qualify(
     record: dict[str, Any] = {"methods": {}, "principles": {p.id: {} for p in principles}, "chosen": {}}
     for method, scores in verdicts.scores.items():
         margins = _margins(scores)
-        whole = _accuracy(margins, resamples, seed)
+        whole = stats.accuracy(margins, resamples, seed)
         heat, lengths = stats.fit_temperature(margins), [(len(p.better), len(p.worse)) for p in pairs]
         longer = stats.takes_longer(lengths, margins, resamples, seed)
         row = {
@@ -62,7 +62,7 @@ def qualify(
         for name in known:
             own = [m for m, pair in zip(margins, pairs, strict=True) if pair.principle == name]
             if own:
-                part = _accuracy(own, resamples, seed)
+                part = stats.accuracy(own, resamples, seed)
                 refused = row["refused"] or part.low <= CHANCE
                 record["principles"][name][method] = {"accuracy": part.as_dict(), "refused": refused}
     record["chosen"] = _choose(record["principles"])
@@ -138,10 +138,6 @@ def pick(principles: list[Principle], how_many: int, draw: random.Random) -> lis
 def _margins(scores: Scores) -> list[float]:
     """Better minus worse; 0, a tie, where the judge gave no score: a judge is not excused from its labelled pairs."""
     return [0.0 if row is None else row[0] - row[1] for row in scores]
-
-
-def _accuracy(margins: list[float], resamples: int, seed: int) -> stats.Interval:
-    return stats.mean_interval(stats.pair_wins(margins, [0.0] * len(margins)), resamples=resamples, seed=seed)
 
 
 def _choose(principles: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -119,7 +119,7 @@ def _gate(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
     compared = result.get("against_parent")
     if not compared:
         return {"mode": recipe.evals.gate, "worse": [], "text": "nothing to compare with"}
-    worse = [m for m in METRICS if compared["differences"][m]["high"] < 0]
+    worse = [m for m in METRICS if compared["differences"][m]["high"] < -recipe.evals.margin]
     text = ", ".join(f"{m} {Interval(**compared['differences'][m]).signed()} against {compared['stage']}" for m in worse)
     return {"mode": recipe.evals.gate, "worse": worse, "text": text or "not worse than its parent"}
 

@@ -14,7 +14,17 @@ from truthward.branches import Item, attend_by_tree, plant
 from truthward.console import say
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory
-from truthward.records import Preference, Question, by_prompt, draw, read_preferences, read_rows, truth_preferences
+from truthward.records import (
+    Pair,
+    Preference,
+    Question,
+    by_prompt,
+    draw,
+    read_pairs,
+    read_preferences,
+    read_rows,
+    truth_preferences,
+)
 from truthward.stage import main
 from truthward.tables import Recipe
 from truthward.tracking import tracked
@@ -61,7 +71,33 @@ def run(recipe: Recipe, this: Run) -> None:
     say(f"  validation accuracy {accuracy}")
     self_check(scores)
     metrics = {"pairs": pairs, "prompts": len(rows), "steps": steps, "validation_accuracy": accuracy.as_dict()}
-    this.finish(metrics=metrics)
+    labelled = read_pairs(table.principle_bank, table.principle_pairs)
+    this.finish(metrics=metrics | by_principle(trainer.model, tokenizer, labelled, recipe.evals.resamples, recipe.seed))
+
+
+def by_principle(model: Any, tokenizer: Any, labelled: dict[str, list[Pair]], resamples: int, seed: int) -> dict[str, Any]:
+    """How the preference model ranks labelled pairs of which one answer keeps a principle and the other breaks it.
+
+    It never saw them; the judge that labelled the constitution's rows was chosen on them.
+
+    Returns:
+        ``principles``: accuracy of each; ``principle_accuracy`` over all; ``calibration`` (Brier score and expected error of
+        ``sigmoid(r_better - r_worse)``); ``longer``: how often it takes the longer answer.
+    """
+    flat = [pair for pairs in labelled.values() for pair in pairs]
+    rows = [to_row(tokenizer, [Preference(prompt=p.prompt, chosen=p.better, rejected=p.worse)]) for p in flat]
+    margins = [better - worse for better, worse in score_answers(model, rows, batch=16)]
+    by = {name: [m for m, pair in zip(margins, flat, strict=True) if pair.principle == name] for name in labelled}
+    found = {name: stats.accuracy(own, resamples, seed).as_dict() for name, own in by.items()}
+    whole = stats.accuracy(margins, resamples, seed)
+    longer = stats.takes_longer([(len(p.better), len(p.worse)) for p in flat], margins, resamples, seed)
+    say(f"  accuracy by principle {whole}")
+    return {
+        "principles": found,
+        "principle_accuracy": whole.as_dict(),
+        "calibration": stats.calibration(margins),
+        "longer": longer.as_dict() if longer else None,
+    }
 
 
 def refuse_pad(tokenizer: Any, groups: list[list[Preference]]) -> None:

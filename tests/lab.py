@@ -49,6 +49,7 @@ gate = "warn"
 [reward]
 preferences = ["{home}/bank", "constitution"]
 validation = "{home}/bank"
+principle_bank = "{home}/judge.jsonl"
 batch_size = 4
 micro_batch_size = 2
 learning_rate = 1e-2

@@ -114,6 +114,7 @@ PATHS = {
     "judge.bank": False,
     "reward.preferences": True,
     "reward.validation": False,
+    "reward.principle_bank": False,
     "dpo.preferences": True,
     "ppo.prompts": False,
     "evals.truth": False,

@@ -223,6 +223,13 @@ def test_only_an_interval_that_lies_below_zero_is_worse(lab, low, high, worse):
     assert evals._gate(lab.recipe(), {})["worse"] == []
 
 
+@pytest.mark.parametrize(("high", "worse"), [(-0.021, METRICS), (-0.02, ()), (-0.01, ())])
+def test_a_loss_within_the_margin_is_none(lab, high, worse):
+    compared = {"differences": {m: {"mean": -0.1, "low": -0.2, "high": high, "n": 9} for m in METRICS}, "stage": "sft"}
+    found = evals._gate(lab.recipe("evals.margin=0.02"), {"against_parent": compared})
+    assert tuple(found["worse"]) == tuple(worse)
+
+
 @pytest.mark.parametrize("gate", ["block", "warn", "off"])
 def test_a_model_worse_than_its_parent_meets_the_gate(world, capsys, gate):
     override = f"evals.gate={gate}"

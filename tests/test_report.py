@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from rich.console import Console
 from truthward.card import model_card, recipe_toml
 from truthward.ledger import Planned, Run, plan, write_json
 from truthward.recipe import Recipe, load_recipe, missing_reasons
+from truthward.records import Preference
 from truthward.report import closing_table, write_report
+from truthward.report import constitution as section
 
 ATTACK = "<script>alert('x')</script>"
 TOPICS = ("sky", "sea")
@@ -239,3 +242,31 @@ def test_card_recipe_loads_again(recipe: Recipe, tmp_path: Path) -> None:
     assert missing_reasons(again) == []
     assert {**again.model_dump(), "runs": "", "sft": {}} == {**recipe.model_dump(), "runs": "", "sft": {}}
     assert again.sft.model_dump(exclude={"why"}) == recipe.sft.model_dump(exclude={"why"})
+
+
+def test_the_constitutions_section_shows_judge_and_principles():
+    interval = {"mean": 0.75, "low": 0.6, "high": 0.9, "n": 34}
+    method = {"accuracy": interval, "refused": False, "temperature": 0.1, "brier": 0.21, "ece": 0.04, "longer": None}
+    refused = {**method, "refused": True, "first": 0.87}
+    record = {
+        "methods": {"contrast": method, "choice": refused},
+        "principles": {"short-and-plain": {"contrast": {"accuracy": interval, "refused": False}}, "no-stereotypes": {}},
+        "chosen": {"short-and-plain": "contrast"},
+    }
+    shown = "".join(map(str, section._judge(record)))
+    for text in (
+        "at chance: refused",
+        "qualified",
+        "87%",
+        "0.210",
+        "left out",
+        "short-and-plain",
+        "2 principles by 2 methods",
+    ):
+        assert text in shown
+    assert section._judge({}) == []
+    view = SimpleNamespace(stage=lambda name: None)
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "probability": 0.8, "principle": ["short-and-plain"]}
+    brought = "".join(map(str, section._by_principle(view, [], [Preference(**row)] * 3)))
+    assert "short-and-plain" in brought
+    assert "<td>3</td>" in brought.replace(' class="number"', "")

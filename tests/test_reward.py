@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from reward import __main__ as reward
 from reward.__main__ import head_of, longest, position_scorer, refuse_pad, score_answers, sequence_classifier
 from reward.trainer import SoftRewardTrainer, collate
 from rl.actor_critic import ActorCritic
@@ -20,7 +21,7 @@ from truthward.branches import Item, plant
 from truthward.errors import UserError
 from truthward.ledger import Run, plan
 from truthward.models import lora_config
-from truthward.records import Preference, Question, by_prompt, read_rows, truth_preferences
+from truthward.records import Pair, Preference, Question, by_prompt, read_rows, truth_preferences
 from truthward.tables import Launch, Reward
 from truthward.tensors import pad
 from truthward.trainers import to_row, trainer_arguments
@@ -253,6 +254,20 @@ def test_ppo_scores_as_the_classifier_does(reward_run, saved):
         expected = [saved(input_ids=torch.tensor([ids])).logits.item() for ids in flat(prompts())]
     assert got == pytest.approx(expected, abs=1e-4)
     assert max(got) - min(got) > 0.1
+
+
+def test_accuracy_by_principle_by_hand(sharp, monkeypatch):
+    """Margins 2, -1 by a and 1, 0 by b: a half, three quarters, and 0.625 over both; two of three take the longer one."""
+    pair = {"prompt": "q", "better": "long enough", "worse": "short"}
+    labelled = {n: [Pair(id=f"{n}{i}", principle=n, **pair) for i in range(2)] for n in "ab"}
+    scores = iter([[3.0, 1.0], [0.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
+    monkeypatch.setattr(reward, "score_answers", lambda model, rows, batch: [next(scores) for _ in rows])
+    found = reward.by_principle(None, sharp[1], labelled, 200, 0)
+    assert {n: (f["mean"], f["n"]) for n, f in found["principles"].items()} == {"a": (0.5, 2), "b": (0.75, 2)}
+    assert found["principle_accuracy"]["mean"] == 0.625
+    assert found["longer"]["mean"] == pytest.approx(2 / 3)
+    p = [1 / (1 + math.exp(-m)) for m in (2, -1, 1, 0)]
+    assert found["calibration"]["brier"] == pytest.approx(sum((1 - v) ** 2 for v in p) / 4)
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ def read_data(recipe: Recipe) -> None:
         *(("constitution", path, Prompt) for path in recipe.constitution.prompts),
         ("constitution", recipe.judge.bank, Pair),
         ("reward", recipe.reward.validation, Question),
+        ("reward", recipe.reward.principle_bank, Pair),
         ("ppo", recipe.ppo.prompts, Prompt),
         ("base", recipe.evals.truth, Question),
         ("base", recipe.evals.style_bank, Question),

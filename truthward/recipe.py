@@ -23,6 +23,7 @@ DATA_KEYS = {
     "preferences",
     "examples",
     "bank",
+    "principle_bank",
     "validation",
     "truth",
     "style_bank",

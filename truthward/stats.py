@@ -65,6 +65,11 @@ def mean_interval(
     return Interval(float(totals.sum() / counts.sum()), float(low), float(high), len(index))
 
 
+def accuracy(margins: Sequence[float], resamples: int, seed: int) -> Interval:
+    """How often the better answer of a pair has the higher score; a tie counts a half."""
+    return mean_interval(pair_wins(margins, [0.0] * len(margins)), resamples=resamples, seed=seed)
+
+
 def probability(difference: float, temperature: float = 1.0) -> float:
     """That the first of two answers is better, from the difference of their scores (Bradley-Terry)."""
     return 1 / (1 + math.exp(-max(-60.0, min(60.0, difference / temperature))))

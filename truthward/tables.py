@@ -122,6 +122,8 @@ class Reward(Training):
     )
     max_prompts: int = Field(2000, ge=1, description="use at most this many prompts, each with all its pairs, drawn by seed")
     validation: str = Field("data/truth/dev", description="labelled questions for the validation accuracy")
+    principle_bank: str = Field("data/judge", description="labelled pairs by principle, on which it is measured")
+    principle_pairs: int = Field(34, ge=1, description="at most this many of each principle, the first of its file")
     center_coef: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps rewards near 0")
 
 
@@ -208,6 +210,7 @@ class Evals(Table):
     models: list[ModelStage] = Field(["base", "sft", "dpo", "ppo"], min_length=1, description="stages that are scored")
     resamples: int = Field(4000, ge=100, description="bootstrap resamples behind each interval")
     gate: Literal["block", "warn", "off"] = Field("block", description="what happens when a stage is less truthful")
+    margin: float = Field(0.0, ge=0, lt=1, description="a loss counts when its whole interval lies beyond this much")
     samples: int = Field(8, ge=0, description="prompts whose answers are shown side by side in the report")
     sample_prompts: str = Field("data/prompts.jsonl", description="where those prompts come from")
     tokens_a_batch: int = Field(2048, ge=64, description="tokens scored in one forward pass")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from truthward.card import METRICS, commit, interval, place, recipe_settings, tidy
 from truthward.errors import UserError
-from truthward.records import Preference, Question, Revision, Row, read_rows
+from truthward.records import Question, read_rows
+from truthward.report.constitution import constitution, spread
 from truthward.report.page import (
     Html,
     cell,
@@ -18,7 +18,6 @@ from truthward.report.page import (
     join,
     lines,
     note,
-    pairs,
     score,
     spoken,
     table,
@@ -31,14 +30,12 @@ from truthward.report.view import Seen, View, cost, effect, headline
 from truthward.stats import mean_interval
 
 FLIPS = 12  # changed answers shown in each direction
-ROWS = 3  # constitution rows shown of each kind
 EFFECT_WORDS = {"helped": "helped", "hurt": "hurt", "mixed": "cut both ways", "none": "no measurable difference"}
 METHOD = (
     "{n} questions of held-out topics ({bank}), scored by the probability of given answers. MC1: the best true answer is"
     " likelier than every false one. MC2: the true answers' share of the probability. Pairs: a true answer is likelier than"
     " the false answer that matches it in length and first word."
 )
-R = TypeVar("R", bound=Row)
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -184,7 +181,7 @@ def flips(view: View) -> Html:
     parts = [note(words)]
     for better, words in ((True, "from wrong to right"), (False, "from right to wrong")):
         found = [row for row in compared["flipped"] if row["better"] is better]
-        shown = _spread(found, FLIPS)
+        shown = spread(found, FLIPS)
         part = "" if len(shown) == len(found) else f", {len(shown)} of them shown, spread over the bank"
         parts.append(tag("h3", f"{len(found)} {words}{part}"))
         if shown:
@@ -202,92 +199,6 @@ def _flip(row: dict[str, Any], question: Question | None) -> list[Html]:
 
     asked = spoken(question.question) if question else Html("")
     return [join([asked, tag("span", row["id"], class_="where")], ""), answer(row["before"]), answer(row["after"])]
-
-
-def _spread(rows: Sequence[Any], count: int) -> list[Any]:
-    """At most ``count`` rows, evenly spaced."""
-    return list(rows) if len(rows) <= count else [rows[i * len(rows) // count] for i in range(count)]
-
-
-def constitution(view: View) -> Html:
-    """A few rows that the constitution stage made."""
-    stage = view.stage("constitution")
-    if stage is None:
-        return Html("")
-    if stage.seen.run is None:
-        return note(f"No rows: {stage.state}.")
-    folder = stage.seen.run.path
-    revisions, preferences = _rows(folder / "revisions.jsonl", Revision), _rows(folder / "preferences.jsonl", Preference)
-    parts = [tag("p", headline(stage))] if headline(stage) else []
-    parts += _judge(stage.seen.run.manifest.get("judge", {}))
-    for helped, words in ((True, "Revisions that helped"), (False, "Revisions that did not, and why")):
-        shown = _spread([r for r in revisions if r.helped is helped], ROWS)
-        parts += [tag("h3", words), *map(_revision, shown)] if shown else []
-    if preferences:
-        parts += [tag("h3", "Preferences"), *map(_preference, _spread(preferences, ROWS))]
-    return join(parts) if revisions or preferences else join([*parts, note("No rows were made.")])
-
-
-def _judge(record: dict[str, Any]) -> list[Html]:
-    """How well the judge told better answers from worse ones before its verdicts were used, and by which principles."""
-    methods = record.get("methods", {})
-    if not methods:
-        return []
-    rows = []
-    for method, found in methods.items():
-        verdict = "at chance: refused" if found["refused"] else "qualified"
-        longer = score(found["longer"]) if found.get("longer") else "-"
-        first = f"{found['first']:.0%}" if "first" in found else "-"
-        errors = (f"{found[key]:.3f}" for key in ("brier", "ece"))
-        rows.append([method, score(found["accuracy"]), found["accuracy"]["n"], *errors, longer, first, verdict])
-    head = ["method", "accuracy", "n", "Brier", "calibration error", "takes the longer", "takes A", "verdict"]
-    chosen = record["chosen"]
-    parts = [
-        [name, *(score(by[m]["accuracy"]) if m in by else "-" for m in methods), chosen.get(name, "left out")]
-        for name, by in record["principles"].items()
-    ]
-    words = (
-        "A method may judge by a principle when its interval lies above one half over all labelled pairs and over that "
-        f"principle's own. {len(parts)} principles by {len(methods)} methods were tried; by luck alone about one "
-        "interval in forty would."
-    )
-    return [
-        tag("h3", "The judge on labelled pairs"),
-        table(head, rows),
-        tag("p", words),
-        table(["principle", *methods, "judged by"], parts),
-    ]
-
-
-def _rows(path: Path, kind: type[R]) -> list[R]:
-    with contextlib.suppress(UserError):
-        return read_rows(path, kind)
-    return []
-
-
-def _revision(row: Revision) -> Html:
-    verdict = "helped" if row.helped else f"did not help: {row.why_not or 'no reason recorded'}"
-    told = [
-        ("prompt", spoken(row.prompt)),
-        ("answer", spoken(row.answer)),
-        ("critique", spoken(row.critique)),
-        ("revision", spoken(row.revision)),
-        ("principle", f"{row.principle}, version {row.principle_version}; round {row.round}"),
-        ("judged", f"{row.score_before:.3f} before, {row.score_after:.3f} after; {verdict}"),
-    ]
-    return tag("div", pairs(told), class_="card")
-
-
-def _preference(row: Preference) -> Html:
-    told = [
-        ("prompt", spoken(row.prompt)),
-        ("chosen", spoken(row.chosen)),
-        ("rejected", spoken(row.rejected)),
-        ("probability", f"{row.probability:.2f} that the chosen one is better"),
-        ("judged by", ", ".join(row.principle) or "-"),
-        ("source", tidy(row.source) or "-"),
-    ]
-    return tag("div", pairs(told), class_="card")
 
 
 # ------------------------------------------------------------------------------------------------------------ record
