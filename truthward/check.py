@@ -70,11 +70,14 @@ def read_data(recipe: Recipe) -> None:
         for source in getattr(recipe, stage).preferences:
             if source != "constitution":
                 sources.append((stage, source, Question if Path(source).is_dir() else Preference))
+    sources += [("distill", path, Question if Path(path).is_dir() else Prompt) for path in recipe.distill.prompts]
     for path, kind in dict.fromkeys((path, kind) for stage, path, kind in sources if stage in recipe.stages):
         read_rows(path, kind)
     for stage, paths in (("sft", recipe.sft.data), ("ppo", recipe.ppo.ptx_data)):
         if stage in recipe.stages and paths:
             read_demonstrations(paths)
+    if "distill" in recipe.stages:
+        read_principles(*recipe.distill.principles)
     if "constitution" in recipe.stages:
         read_principles(*recipe.constitution.principles)
         read_examples(recipe.constitution.examples)
@@ -147,6 +150,11 @@ def _training_texts(recipe: Recipe) -> list[tuple[str, str]]:
                 texts += [(source, q.question) for q in read_rows(source, Question)]
             else:
                 texts += [(source, p.prompt) for p in read_rows(source, Preference)]
+    for path in recipe.distill.prompts if "distill" in recipe.stages else []:
+        if Path(path).is_dir():
+            texts += [(path, q.question) for q in read_rows(path, Question)]
+        else:
+            texts += [(path, p.prompt) for p in read_rows(path, Prompt)]
     for key, paths in (("constitution", recipe.constitution.prompts), ("ppo", [recipe.ppo.prompts])):
         for path in paths if key in recipe.stages else []:
             texts += [(path, p.prompt) for p in read_rows(path, Prompt)]

@@ -53,7 +53,7 @@ class Sft(Training):
 
 class Distill(Training):
     principles: list[str] = Field(["constitution/principles.toml"], min_length=1, description="the written constitution")
-    tags: list[str] = Field(["truth"], description="principles with one of these tags take part; all if empty")
+    use: list[str] = Field(["truth-over-flattery"], description="ids or tags of the principles that take part; all if empty")
     prompts: list[str] = Field(
         ["data/prompts.jsonl", "data/truth/train"], min_length=1, description="prompts (JSONL), or truth banks for questions"
     )

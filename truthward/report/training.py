@@ -12,6 +12,11 @@ from truthward.tracking import read_metrics
 
 CURVES = {
     "sft": (["loss"], "Cross-entropy of the answers' tokens, nats a token."),
+    "distill": (
+        ["loss", "shift"],
+        "Nats a token on the model's own answers. Loss: KL from the target, what the parent says with its principles counted"
+        " in, to the model without them. Shift: the same KL to the parent, where the loss starts.",
+    ),
     "reward": (
         ["loss", "accuracy", "margin"],
         "On the pairs of each step: loss, share whose chosen answer scores higher, and by how much.",
