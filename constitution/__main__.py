@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from constitution.endpoint import Endpoint
-from constitution.judge import Judge, LocalJudge, RemoteJudge
-from constitution.qualify import Panel, qualify, require_qualified
+from constitution.judge import Judge, LocalJudge, RemoteJudge, Request, choice_requests
+from constitution.qualify import Panel, qualify, require_qualified, to_cases
 from constitution.workshop import Rows, Workshop
 from truthward import hardware, models, stats
 from truthward.branches import attend_by_tree
@@ -76,6 +76,8 @@ def open_workshop(recipe: Recipe, this: Run) -> Workshop:
     judge = open_judge(recipe, this, LocalJudge(model, tokenizer))
     if "judge" not in this.manifest:
         pairs = read_pairs(recipe.judge.bank, recipe.judge.pairs)
+        if isinstance(judge, RemoteJudge) and isinstance(judge.chooser, Endpoint):
+            announce(judge.chooser, recipe, [one for c in to_cases(pairs, principles) for one in choice_requests(c)])
         this.record(judge=qualify(judge, pairs, principles, recipe.judge.methods, recipe.evals.resamples, recipe.seed))
     record = this.manifest["judge"]
     tell(record, principles)
@@ -96,6 +98,23 @@ def open_judge(recipe: Recipe, this: Run, parent: LocalJudge) -> Judge:
         return LocalJudge(models.load(other, parent.model.dtype), models.load_tokenizer(other))
     model, tokenizer = models.fetch_base(table.model, recipe.seed)
     return LocalJudge(attend_by_tree(quicken(model.to(parent.model.dtype).eval())), tokenizer)
+
+
+def announce(endpoint: Endpoint, recipe: Recipe, requests: list[Request]) -> None:
+    """Say, before the start, what asking a server will take: to qualify, and at most for the rows.
+
+    Args:
+        requests: those by which it qualifies.
+    """
+    table, first = recipe.constitution, endpoint.estimate(requests)
+    say(f"  to qualify: {first}")
+    each = {
+        "samples": table.samples * (table.samples - 1) * recipe.judge.principles,
+        "contrast": 2,
+    }
+    count = table.max_prompts * (2 * table.rounds + sum(each.get(way, 0) for way in table.ways))
+    if first.requests:
+        say(f"  for the rows: {first.times(count)}")
 
 
 def tell(record: dict[str, Any], principles: list[Principle]) -> None:

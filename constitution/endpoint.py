@@ -69,6 +69,12 @@ class Estimate:
     seconds: float
     cost: float
 
+    def times(self, requests: int) -> Estimate:
+        """The same for so many requests of the same kind."""
+        share = requests / self.requests
+        tokens_in, tokens_out = round(self.tokens_in * share), round(self.tokens_out * share)
+        return Estimate(requests, tokens_in, tokens_out, self.seconds * share, self.cost * share)
+
     def __str__(self) -> str:
         minutes = f"{self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s"
         tokens = f"about {self.tokens_in:,} tokens in, at most {self.tokens_out:,} out"

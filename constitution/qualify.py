@@ -41,7 +41,7 @@ def qualify(
     """
     known = {p.id: p for p in principles}
     pairs = [pair for name in known for pair in labelled.get(name, [])]
-    cases = [Case(p.prompt, [p.better, p.worse], known[p.principle]) for p in pairs]
+    cases = to_cases(labelled, principles)
     verdicts = judge.scores(cases, [m for m in methods if m in judge.methods], "qualifying") if pairs else Verdicts({})
     record: dict[str, Any] = {"methods": {}, "principles": {p.id: {} for p in principles}, "chosen": {}}
     for method, scores in verdicts.scores.items():
@@ -67,6 +67,11 @@ def qualify(
                 record["principles"][name][method] = {"accuracy": part.as_dict(), "refused": refused}
     record["chosen"] = _choose(record["principles"])
     return record
+
+
+def to_cases(labelled: dict[str, list[Pair]], principles: list[Principle]) -> list[Case]:
+    """What a judge is asked of the labelled pairs of these principles, the better answer first."""
+    return [Case(pair.prompt, [pair.better, pair.worse], p) for p in principles for pair in labelled.get(p.id, [])]
 
 
 def require_qualified(record: dict[str, Any], gate: str) -> None:

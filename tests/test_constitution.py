@@ -5,11 +5,13 @@ import random
 from collections import Counter
 
 import pytest
+from faulty_server import Server, completion
 from lab import ROOT, Lab, principle
 
 from constitution import __main__ as constitution
 from constitution.qualify import pick
 from constitution.workshop import Workshop
+from truthward.console import console
 from truthward.errors import UserError
 from truthward.ledger import Run, plan
 from truthward.records import Preference, Prompt, Revision, read_rows
@@ -198,3 +200,29 @@ def test_a_run_keeps_its_constitution(world):
     made = run(world)
     (copy,) = (made.path / "principles").glob("*.toml")
     assert copy.read_bytes() == (ROOT / "constitution" / "principles.toml").read_bytes()
+
+
+def by_length(body):
+    """A server that takes the shorter answer, whatever the principle and the order."""
+    text = body["messages"][-1]["content"]
+    first, second = (len(text.split(f"{letter}: ")[1].split("\n")[0]) for letter in "AB")
+    return completion("A" if first < second else "B", {"A": -1.0 - first / 50, "B": -1.0 - second / 50})
+
+
+def test_a_server_may_judge_and_is_asked_once(world):
+    """In the lab's pairs the better answer is one letter shorter; a second run of the same rows asks nothing."""
+    with Server(by_length) as server, console.capture() as captured:
+        where = (f"judge.base_url={server.url}", "judge.model=m", "judge.key_env=", "judge.methods=['choice']")
+        made = run(world, *where)
+        asked = len(server.asked)
+        for name in ("groups.jsonl", "revisions.jsonl", "preferences.jsonl"):
+            (made.path / name).unlink()
+        made.record(status="running")
+        again = run(world, *where)
+    assert len(server.asked) == asked
+    assert again.manifest["judge"]["methods"]["choice"]["accuracy"]["mean"] == 1.0
+    assert again.manifest["judge"]["chosen"] == {"short-and-plain": "choice", "facts-over-myths": "choice"}
+    for p in read_rows(again.path / "preferences.jsonl", Preference):
+        assert len(p.chosen) < len(p.rejected)
+    assert "to qualify: " in captured.get()
+    assert "for the rows: " in captured.get()

@@ -179,6 +179,17 @@ def test_a_stage_before_what_it_needs_is_refused(load, text, stage, needs):
     assert f"stage {stage} needs {needs}, which does not come before it" in refusal(load, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base_url = 'http://x/v1'\nmodel = 'm'\nmethods = ['contrast']", "can only choose"),
+        ("base_url = 'http://x/v1'", "which of the server's models judges?"),
+    ],
+)
+def test_a_server_that_cannot_judge_as_asked_is_refused(load, text, message):
+    assert message in refusal(load, f"[judge]\n{text}")
+
+
 def test_without_the_preference_model_ppo_needs_no_reward_stage(load):
     assert load("stages = ['base', 'sft', 'ppo']\n[ppo]\nrewards = ['mine.py:short']").ppo.rewards == ["mine.py:short"]
 

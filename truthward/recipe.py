@@ -174,6 +174,11 @@ def _check_reasons(recipe: Recipe, where: str) -> None:
 def _check_values(recipe: Recipe, where: str) -> None:
     ranks = recipe.launch.ranks
     _check_reasons(recipe, where)
+    if recipe.judge.base_url and "choice" not in recipe.judge.methods:
+        fix = 'add "choice" to judge.methods'
+        raise UserError("a judge behind a server can only choose between answers", where=f"{where}: judge.methods", fix=fix)
+    if recipe.judge.base_url and not recipe.judge.model:
+        raise UserError("which of the server's models judges?", where=f"{where}: judge.model", fix="write its name there")
     for name in (n for n in ("sft", "distill", "reward", "dpo") if n in recipe.stages):
         table = getattr(recipe, name)
         packed = name == "sft" and table.packing  # a packed sequence is a micro-batch of its own
