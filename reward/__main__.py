@@ -15,6 +15,7 @@ from truthward.console import say
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory
 from truthward.records import (
+    Margin,
     Pair,
     Preference,
     Question,
@@ -24,6 +25,7 @@ from truthward.records import (
     read_preferences,
     read_rows,
     truth_preferences,
+    write_rows,
 )
 from truthward.stage import main
 from truthward.tables import Recipe
@@ -38,7 +40,8 @@ def run(recipe: Recipe, this: Run) -> None:
     table, parent = recipe.reward, this.parent("model")
     tokenizer = models.load_tokenizer(parent)
     constitution = this.parent("preferences").path if "preferences" in this.manifest["parents"] else None
-    groups = by_prompt(read_preferences(table.preferences, constitution, cross=True))
+    preferences = read_preferences(table.preferences, constitution, cross=True)
+    groups = by_prompt([p for p in preferences if not set(p.principle) & set(table.without)])
     groups = draw(groups, table.max_prompts, recipe.seed)
     refuse_pad(tokenizer, groups)
     rows = [to_row(tokenizer, group) for group in groups]
@@ -72,10 +75,21 @@ def run(recipe: Recipe, this: Run) -> None:
     self_check(scores)
     metrics = {"pairs": pairs, "prompts": len(rows), "steps": steps, "validation_accuracy": accuracy.as_dict()}
     labelled = read_pairs(table.principle_bank, table.principle_pairs)
-    this.finish(metrics=metrics | by_principle(trainer.model, tokenizer, labelled, recipe.evals.resamples, recipe.seed))
+    margins = measure(trainer.model, tokenizer, labelled)
+    write_rows(this.path / "margins.jsonl", margins)
+    flat = [pair for pairs in labelled.values() for pair in pairs]
+    this.finish(metrics=metrics | by_principle(margins, flat, recipe.evals.resamples, recipe.seed))
 
 
-def by_principle(model: Any, tokenizer: Any, labelled: dict[str, list[Pair]], resamples: int, seed: int) -> dict[str, Any]:
+def measure(model: Any, tokenizer: Any, labelled: dict[str, list[Pair]]) -> list[Margin]:
+    """Score both answers of every labelled pair."""
+    flat = [pair for pairs in labelled.values() for pair in pairs]
+    rows = [to_row(tokenizer, [Preference(prompt=p.prompt, chosen=p.better, rejected=p.worse)]) for p in flat]
+    scores = score_answers(model, rows, batch=16)
+    return [Margin(id=p.id, principle=p.principle, margin=a - b) for p, (a, b) in zip(flat, scores, strict=True)]
+
+
+def by_principle(margins: list[Margin], pairs: list[Pair], resamples: int, seed: int) -> dict[str, Any]:
     """How the preference model ranks labelled pairs of which one answer keeps a principle and the other breaks it.
 
     It never saw them; the judge that labelled the constitution's rows was chosen on them.
@@ -84,18 +98,16 @@ def by_principle(model: Any, tokenizer: Any, labelled: dict[str, list[Pair]], re
         ``principles``: accuracy of each; ``principle_accuracy`` over all; ``calibration`` (Brier score and expected error of
         ``sigmoid(r_better - r_worse)``); ``longer``: how often it takes the longer answer.
     """
-    flat = [pair for pairs in labelled.values() for pair in pairs]
-    rows = [to_row(tokenizer, [Preference(prompt=p.prompt, chosen=p.better, rejected=p.worse)]) for p in flat]
-    margins = [better - worse for better, worse in score_answers(model, rows, batch=16)]
-    by = {name: [m for m, pair in zip(margins, flat, strict=True) if pair.principle == name] for name in labelled}
+    values, names = [m.margin for m in margins], dict.fromkeys(m.principle for m in margins)
+    by = {name: [m.margin for m in margins if m.principle == name] for name in names}
     found = {name: stats.accuracy(own, resamples, seed).as_dict() for name, own in by.items()}
-    whole = stats.accuracy(margins, resamples, seed)
-    longer = stats.takes_longer([(len(p.better), len(p.worse)) for p in flat], margins, resamples, seed)
+    whole = stats.accuracy(values, resamples, seed)
+    longer = stats.takes_longer([(len(p.better), len(p.worse)) for p in pairs], values, resamples, seed)
     say(f"  accuracy by principle {whole}")
     return {
         "principles": found,
         "principle_accuracy": whole.as_dict(),
-        "calibration": stats.calibration(margins),
+        "calibration": stats.calibration(values),
         "longer": longer.as_dict() if longer else None,
     }
 

@@ -247,26 +247,16 @@ def test_card_recipe_loads_again(recipe: Recipe, tmp_path: Path) -> None:
 def test_the_constitutions_section_shows_judge_and_principles():
     interval = {"mean": 0.75, "low": 0.6, "high": 0.9, "n": 34}
     method = {"accuracy": interval, "refused": False, "temperature": 0.1, "brier": 0.21, "ece": 0.04, "longer": None}
-    refused = {**method, "refused": True, "first": 0.87}
     record = {
-        "methods": {"contrast": method, "choice": refused},
+        "methods": {"contrast": method, "choice": {**method, "refused": True, "first": 0.87}},
         "principles": {"short-and-plain": {"contrast": {"accuracy": interval, "refused": False}}, "no-stereotypes": {}},
         "chosen": {"short-and-plain": "contrast"},
     }
-    shown = "".join(map(str, section._judge(record)))
-    for text in (
-        "at chance: refused",
-        "qualified",
-        "87%",
-        "0.210",
-        "left out",
-        "short-and-plain",
-        "2 principles by 2 methods",
-    ):
+    made, view = Run(Path(), {"judge": record}), SimpleNamespace(stage=lambda name: None)
+    row = Preference(prompt="q", chosen="a", rejected="b", probability=0.8, principle=["short-and-plain"])
+    shown = "".join(map(str, [*section._judge(record), *section._by_principle(view, made, [], [row] * 3)]))
+    shown = re.sub(r' class="[^"]*"', "", shown)
+    for text in ("at chance: refused", "qualified", "87%", "0.210", "left out", "2 principles by 2 methods", "<svg", ">3<"):
         assert text in shown
     assert section._judge({}) == []
-    view = SimpleNamespace(stage=lambda name: None)
-    row = {"prompt": "q", "chosen": "a", "rejected": "b", "probability": 0.8, "principle": ["short-and-plain"]}
-    brought = "".join(map(str, section._by_principle(view, [], [Preference(**row)] * 3)))
-    assert "short-and-plain" in brought
-    assert "<td>3</td>" in brought.replace(' class="number"', "")
+    assert section._by_principle(view, Run(Path(), {}), [], []) == []

@@ -262,7 +262,9 @@ def test_accuracy_by_principle_by_hand(sharp, monkeypatch):
     labelled = {n: [Pair(id=f"{n}{i}", principle=n, **pair) for i in range(2)] for n in "ab"}
     scores = iter([[3.0, 1.0], [0.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
     monkeypatch.setattr(reward, "score_answers", lambda model, rows, batch: [next(scores) for _ in rows])
-    found = reward.by_principle(None, sharp[1], labelled, 200, 0)
+    margins = reward.measure(None, sharp[1], labelled)
+    assert [(m.id, m.margin) for m in margins] == [("a0", 2.0), ("a1", -1.0), ("b0", 1.0), ("b1", 0.0)]
+    found = reward.by_principle(margins, [*labelled["a"], *labelled["b"]], 200, 0)
     assert {n: (f["mean"], f["n"]) for n, f in found["principles"].items()} == {"a": (0.5, 2), "b": (0.75, 2)}
     assert found["principle_accuracy"]["mean"] == 0.625
     assert found["longer"]["mean"] == pytest.approx(2 / 3)

@@ -119,7 +119,7 @@ def model_card(run: Run) -> str:
         "## Lineage\n\n" + _lineage_table(runs),
         "## Truthfulness\n\n" + _evals_text(run),
         "## Data\n\n" + _data_table(runs),
-        "## Recipe and reasons\n\nValues in comments are defaults.\n\n" + f"```toml\n{recipe_toml(recipe)}```",
+        "## Recipe and reasons\n\nValues in comments are defaults.\n\n" + f"```toml\n{_quoted(recipe_toml(recipe))}```",
         "## Limits\n\n" + LIMITS,
         "## To reproduce\n\n" + _reproduce(run, runs),
     ]
@@ -140,9 +140,11 @@ def recipe_toml(recipe: dict[str, Any]) -> str:
 
 
 def _toml(value: Any) -> str:
-    if value is None:
-        return '""'
-    text = json.dumps(value, ensure_ascii=False)
+    return '""' if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _quoted(text: str) -> str:
+    """Text for a code block of the card."""
     return tidy(text).replace("```", "'''")
 
 

@@ -42,12 +42,16 @@ def main() -> None:
 
 
 def _principles(parser: argparse.ArgumentParser) -> None:
-    """``principles [FILE ...]`` and ``principles diff A B``."""
+    """``principles [FILE ...]``, ``principles diff A B`` and ``principles effect RUN``."""
     actions = parser.add_subparsers(dest="action", required=True)
     lists = actions.add_parser("list", help="list and check; the word may be left out")
     lists.add_argument("files", nargs="*", default=PRINCIPLES, help=f"TOML files or a run directory ({PRINCIPLES[0]})")
     lists.add_argument("--long", action="store_true", help="show every text and reason")
     lists.set_defaults(work=_list)
+    effect = actions.add_parser("effect", help="what each principle of a constitution run brought")
+    effect.add_argument("run", help="directory of a run of the constitution stage")
+    effect.add_argument("--leave-out", default="", metavar="ID", help="train the preference model again without its rows")
+    effect.set_defaults(work=_effect)
     differs = actions.add_parser("diff", help="what two constitutions differ in, and which runs used which")
     differs.add_argument("old", help="TOML file, or directory of a run of the constitution stage")
     differs.add_argument("new", help="the same")
@@ -57,7 +61,7 @@ def _principles(parser: argparse.ArgumentParser) -> None:
 
 def _words(words: list[str]) -> list[str]:
     """Command-line words, with ``list`` put in where ``principles`` stands without an action."""
-    if words[:1] == ["principles"] and not {*words[1:2]} & {"list", "diff", "-h", "--help"}:
+    if words[:1] == ["principles"] and not {*words[1:2]} & {"list", "diff", "effect", "-h", "--help"}:
         return ["principles", "list", *words[1:]]
     return words
 
@@ -132,6 +136,12 @@ def _list(options: argparse.Namespace) -> None:
     from truthward.amendments import show
 
     show(options.files, long=options.long)
+
+
+def _effect(options: argparse.Namespace) -> None:
+    from truthward.effects import show_effect
+
+    show_effect(options.run, options.leave_out)
 
 
 def _diff(options: argparse.Namespace) -> None:

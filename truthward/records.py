@@ -96,6 +96,14 @@ class Pair(Row):
         return self
 
 
+class Margin(Row):
+    """What a preference model makes of a labelled pair: score of the better answer minus that of the worse one."""
+
+    id: str
+    principle: str
+    margin: float
+
+
 class Revision(Row):
     """One critique and revision of an answer (Bai et al. 2022, section 3.1), and whether it helped."""
 

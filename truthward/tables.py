@@ -124,6 +124,7 @@ class Reward(Training):
     validation: str = Field("data/truth/dev", description="labelled questions for the validation accuracy")
     principle_bank: str = Field("data/judge", description="labelled pairs by principle, on which it is measured")
     principle_pairs: int = Field(34, ge=1, description="at most this many of each principle, the first of its file")
+    without: list[str] = Field([], description="principles whose rows are left out, to see what they do")
     center_coef: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps rewards near 0")
 
 

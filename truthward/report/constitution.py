@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from truthward.card import tidy
+from truthward.effects import effects
 from truthward.errors import UserError
+from truthward.ledger import Run
 from truthward.records import Preference, Revision, Row, read_rows
-from truthward.report.page import Html, join, note, pairs, score, spoken, table, tag
+from truthward.report.page import Html, figure, join, note, pairs, score, spoken, table, tag
+from truthward.report.plots import principles_plot
 from truthward.report.view import View, headline
 
 ROWS = 3  # shown of each kind
@@ -29,7 +32,7 @@ def constitution(view: View) -> Html:
     revisions, preferences = _rows(folder / "revisions.jsonl", Revision), _rows(folder / "preferences.jsonl", Preference)
     parts = [tag("p", headline(stage))] if headline(stage) else []
     parts += _judge(stage.seen.run.manifest.get("judge", {}))
-    parts += _by_principle(view, revisions, preferences)
+    parts += _by_principle(view, stage.seen.run, revisions, preferences)
     for helped, words in ((True, "Revisions that helped"), (False, "Revisions that did not, and why")):
         shown = spread([r for r in revisions if r.helped is helped], ROWS)
         parts += [tag("h3", words), *map(_revision, shown)] if shown else []
@@ -51,45 +54,40 @@ def _judge(record: dict[str, Any]) -> list[Html]:
         errors = (f"{found[key]:.3f}" for key in ("brier", "ece"))
         rows.append([method, score(found["accuracy"]), found["accuracy"]["n"], *errors, longer, first, verdict])
     head = ["method", "accuracy", "n", "Brier", "calibration error", "takes the longer", "takes A", "verdict"]
-    chosen = record["chosen"]
-    parts = [
-        [name, *(score(by[m]["accuracy"]) if m in by else "-" for m in methods), chosen.get(name, "left out")]
-        for name, by in record["principles"].items()
-    ]
     words = (
         "A method may judge by a principle when its interval lies above one half over all labelled pairs and over that "
-        f"principle's own. {len(parts)} principles by {len(methods)} methods were tried; by luck alone about one "
-        "interval in forty would."
+        f"principle's own. {len(record['principles'])} principles by {len(methods)} methods were tried; by luck alone about "
+        "one interval in forty would."
     )
     return [
         tag("h3", "The judge on labelled pairs"),
         table(head, rows),
         tag("p", words),
-        table(["principle", *methods, "judged by"], parts),
     ]
 
 
-def _by_principle(view: View, revisions: list[Revision], preferences: list[Preference]) -> list[Html]:
-    """What each principle brought: rows, those that helped, and how often the preference model keeps it afterwards."""
+def _by_principle(view: View, made: Run, revisions: list[Revision], preferences: list[Preference]) -> list[Html]:
+    """What each principle brought: rows, those that helped, and how often judge and preference model keep it."""
     stage = view.stage("reward")
-    metrics = stage.seen.run.manifest.get("metrics", {}) if stage and stage.seen.run else {}
-    learned = metrics.get("principles", {})
-    rows = []
-    for name in sorted({r.principle for r in revisions} | {p for r in preferences for p in r.principle} | learned.keys()):
-        made = [r for r in revisions if r.principle == name]
-        helped = f"{sum(r.helped for r in made)} of {len(made)}"
-        rows.append(
-            [name, helped, sum(name in r.principle for r in preferences), score(learned[name]) if name in learned else "-"]
-        )
-    if not rows:
+    learner = stage.seen.run if stage else None
+    if not made.manifest.get("judge", {}).get("principles"):
         return []
-    words = "Last: the preference model's accuracy on labelled pairs that it never saw, though its judge was chosen on them."
+    rows = effects(made, learner, revisions, preferences)
+    words = "The preference model never saw the labelled pairs. Its judge was chosen on them, which flatters the judge."
+    metrics = learner.manifest.get("metrics", {}) if learner else {}
     if "principle_accuracy" in metrics:
         whole, fit = metrics["principle_accuracy"], metrics["calibration"]
-        words += f" Over all of them {score(whole)}, Brier {fit['brier']:.3f}, calibration error {fit['ece']:.3f}"
+        words += f" Preference model over all: {score(whole)}, Brier {fit['brier']:.3f}, calibration error {fit['ece']:.3f}"
         words += f"; it takes the longer answer in {score(metrics['longer'])}." if metrics.get("longer") else "."
-    head = ["principle", "revisions that helped", "preference pairs", "preference model"]
-    return [tag("h3", "What each principle brought"), table(head, rows), tag("p", words)]
+    cells = []
+    for r in rows:
+        scores = (score(i) if i else "-" for i in (r.judge, r.learned))
+        cells.append([r.principle, f"{r.helped} of {r.revisions}", r.pairs, r.method or "left out", *scores])
+    head = ["principle", "revisions that helped", "pairs", "judged by", "judge", "preference model"]
+    series = {"judge": [r.judge for r in rows], "preference model": [r.learned for r in rows]}
+    plot = principles_plot([r.principle for r in rows], series, "principles")
+    caption = "Accuracy on the labelled pairs of each principle with 95 % intervals; chance is one half."
+    return [tag("h3", "What each principle brought"), figure(plot, caption), table(head, cells), tag("p", words)]
 
 
 def _rows(path: Path, kind: type[R]) -> list[R]:

@@ -89,6 +89,36 @@ def _points(axis: Axes, stages: Sequence[str], intervals: Sequence[dict[str, Any
     axis.grid(False, axis="x")
 
 
+def principles_plot(names: Sequence[str], series: Mapping[str, Sequence[dict[str, Any] | None]], name: str) -> str:
+    """A line a principle, with a mean and its 95 % interval for each of the series that has one; chance is marked."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 0.26 * len(names) + 0.9), layout="constrained")
+        axis = figure.subplots()
+        axis.axvline(0.5, color=MUTED, linewidth=1, linestyle=DASHES[0])
+        for number, (label, intervals) in enumerate(series.items()):
+            places = [k for k, interval in enumerate(intervals) if interval]
+            found = [interval for interval in intervals if interval]
+            means = [i["mean"] for i in found]
+            errors = [[i["mean"] - i["low"] for i in found], [i["high"] - i["mean"] for i in found]]
+            height = [len(names) - 1 - k + 0.2 - 0.4 * number for k in places]
+            colour, marker = ((ACCENT, "o"), (INK, "s"))[number % 2]
+            axis.errorbar(
+                means,
+                height,
+                xerr=np.clip(errors, 0, None),
+                color=colour,
+                fmt=marker,
+                markersize=4,
+                linewidth=1.2,
+                label=label,
+            )
+        axis.set_yticks(range(len(names)), list(names)[::-1])
+        axis.set_xlim(0, 1)
+        axis.grid(False, axis="y")
+        figure.legend(loc="outside lower center", ncols=len(series), fontsize=8)
+        return _svg(figure, name, f"accuracy by principle: {', '.join(series)}")
+
+
 def curve_plot(rows: Sequence[dict[str, Any]], keys: Sequence[str], name: str) -> str:
     """A small panel for each key that the rows hold, against the step; empty when they hold none of them."""
     panels = {key: points for key in keys if (points := _series(rows, key))[0]}
