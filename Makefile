@@ -8,13 +8,18 @@ READY := $(VENV)/.ready
 TRL_READY := $(TRL_VENV)/.ready
 latest = $$(ls -dt $(RUNS)/$(1)-* | head -n 1)
 
-.PHONY: demo test check bench bench-ppo clean
+.PHONY: demo test test-lm-eval check bench bench-ppo clean
 
 demo: $(READY)
 	$(BIN)/truthward run recipes/laptop.toml
 
 test: $(READY)
 	WANDB_MODE=disabled $(BIN)/python -m pytest
+
+# TruthfulQA's numbers beside those of lm-evaluation-harness, on the same file and model
+test-lm-eval: $(READY)
+	$(BIN)/pip install -q -c constraints.txt lm-eval==0.4.13
+	WANDB_MODE=disabled $(BIN)/python -m pytest tests/test_benchmarks.py
 
 check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -25,6 +30,8 @@ bench: $(READY)
 	$(BIN)/python bench/branches.py $(call latest,dpo)
 	$(BIN)/python bench/rollout.py $(call latest,sft)
 	$(BIN)/python bench/revisions.py $(RUNS)
+	$(BIN)/pip install -q -c constraints.txt lm-eval==0.4.13
+	$(BIN)/python bench/harness.py $(call latest,sft)
 	$(BIN)/python bench/trainers.py $(call latest,sft)
 	$(BIN)/python bench/synthetic.py
 	$(MAKE) bench-ppo

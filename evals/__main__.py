@@ -1,24 +1,29 @@
-"""``python -m evals RECIPE``: score each model stage on held-out topics, compare it with its parent, apply the gate."""
+"""``python -m evals RECIPE``: measure each model stage, compare it with its parent and the base, apply the gate."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from evals import benchmarks, comparison, harness, open_answers, suite
+from evals.asking import Exam
 from evals.baselines import learn_style, style_baselines
-from evals.truth import METRICS, Scored, score_model
+from evals.suite import Scored
 from truthward import chat, hardware, models
+from truthward.banks import Labelled
 from truthward.console import say
 from truthward.errors import GateFailed
 from truthward.generate import generate
 from truthward.ledger import Run, is_done, plan, write_json
+from truthward.recipe import labels_path
 from truthward.records import Prompt, Question, draw, read_rows
 from truthward.stage import main
-from truthward.stats import Interval, mean_interval
+from truthward.stats import Interval
 from truthward.tables import Recipe
 
+UNTRAINED = 64  # questions of a set that a model of random weights is asked
 COMPARED = {"parent": "against_parent", "base": "against_base"}
 
 
@@ -29,67 +34,130 @@ def names(recipe: Recipe) -> list[str]:
 
 
 def run(recipe: Recipe, this: Run) -> None:
-    """Score one model and write ``evals.json``.
+    """Measure one model and write ``evals.json``.
 
     Raises:
-        GateFailed: it is less truthful than its parent with 95 % confidence, and the recipe's gate blocks.
+        GateFailed: by a metric that the recipe gates it is surely worse than its parent.
     """
     table, model_run = recipe.evals, this.parent("model")
-    questions = read_rows(table.truth, Question)
+    style_bank = read_rows(table.style_bank, Question)
+    by_name = {**suite.exams(learn_style(style_bank)), **benchmarks.EXAMS, "ifeval": harness.IFEVAL}
+    comparison.require_known(table, by_name, recipe.name)
+    rows = suite.questions(recipe, model_run.stage)
+    brief = model_run.stage in table.brief
+    if not brief:
+        rows |= benchmarks.read({name: path for name, path in table.files.items() if name != "ifeval"}, table.primer)
+        harness.require(table)
     tokenizer = models.load_tokenizer(model_run)
     dtype, _ = hardware.set_up(recipe.model, this)
     model = models.load(model_run, dtype)
-    style_bank = read_rows(table.style_bank, Question)
-    scored = score_model(model, tokenizer, questions, learn_style(style_bank), table.tokens_a_batch)
+    opened = rows.pop("open", [])
+    scored = suite.score_model(model, tokenizer, rows, by_name, table.tokens_a_batch)
+    judge = _judge(recipe, model_run, model, dtype) if opened else {}
+    scored += open_answers.score_open(model, tokenizer, opened, **judge) if opened else []
+    if "ifeval" in table.files and not brief:
+        scored += harness.follow_instructions(model, tokenizer, table.files["ifeval"], table.most)
+    measured = suite.measure(scored, by_name, table.resamples, recipe.seed)
+    measured |= harness.run_tasks(model, tokenizer, table.lm_eval, table.most) if table.lm_eval and not brief else {}
+    baselines = style_baselines(rows, by_name, style_bank)
+    if model_run.stage == "base":
+        baselines["random weights"] = _untrained(recipe, model, tokenizer, rows, by_name)
     result: dict[str, Any] = {
         "model": model_run.path.name,
         "stage": model_run.stage,
         "bank": table.truth,
+        "split": table.split,
         "dtype": str(dtype),
         "dtype_reason": this.manifest["dtype_reason"],
-        "metrics": {m: _interval(recipe, [getattr(s, m) for s in scored]) for m in METRICS},
-        "by_topic": _by_topic(recipe, scored),
-        "against_style": _interval(recipe, [s.against_style for s in scored]),
-        "baselines": style_baselines(questions, style_bank),
+        "about": _about(by_name, measured),
+        "metrics": measured,
+        "by_topic": _by_topic(recipe, scored, by_name),
+        "baselines": baselines,
+        "open_judge": judge.get("record"),
         "items": [asdict(s) for s in scored],
         "samples": _samples(recipe, model, tokenizer),
     }
     for role, key in COMPARED.items():
-        other = _earlier(recipe, this, model_run, role)
+        other = _earlier(recipe, model_run, role)
         if other:
-            result[key] = {"evals": other["model"], "stage": other["stage"], **_paired(recipe, scored, other)}
+            result[key] = comparison.compare(scored, other, by_name, table, recipe.seed)
     write_json(this.path / "evals.json", result)
     _report(result)
-    this.finish(metrics=result["metrics"], gate=_gate(recipe, result))
+    gate = comparison.verdict(table, result.get("against_parent"))
+    this.finish(metrics={n: i for n, i in result["metrics"].items() if i}, gate=gate)
     enforce(recipe, this)
 
 
 def enforce(recipe: Recipe, this: Run) -> None:
-    """Stop the pipeline where the recorded verdict says so; also asked of evals that are already there."""
+    """Stop the pipeline where the recorded verdict says so and nobody overrode it; also asked of evals that are there."""
     gate = this.manifest.get("gate", {})
-    if gate.get("worse") and recipe.evals.gate == "block":
+    if gate.get("override"):
+        say(f"  [yellow]gate overridden[/] by {gate['override']['who']}: {gate['override']['reason']}")
+    elif gate.get("mode") == "block":
         raise GateFailed(
-            f"{this.manifest['parents']['model']} is less truthful than its parent: {gate['text']}\n"
-            f'  to do: look at {this.path / "evals.json"}, change the stage, or set evals.gate = "warn" with a reason'
+            f"{this.manifest['parents']['model']} is worse than its parent: {gate['text']}\n"
+            f'{_flipped(this)}  to do: look at {this.path / "evals.json"}, then change the stage; --override "reason" goes '
+            "on and stays on record"
         )
-    if gate.get("worse") and recipe.evals.gate == "warn":
-        say(f"  [yellow]warning[/]: less truthful than its parent: {gate['text']}")
+    elif gate.get("mode") == "warn":
+        say(f"  [yellow]warning[/]: worse than its parent: {gate['text']}")
 
 
-def _interval(recipe: Recipe, values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Mean and interval of what was scored. A question that was not is left out, never 0; None when none was."""
-    scored = [v for v in values if v is not None]
-    if not scored:
-        return None
-    return mean_interval(scored, resamples=recipe.evals.resamples, seed=recipe.seed).as_dict()
+def _flipped(this: Run, most: int = 5) -> str:
+    """Items of the blocked sets whose verdict turned for the worse, as lines."""
+    result = json.loads((this.path / "evals.json").read_text(encoding="utf-8"))
+    sets = {name.partition(".")[0] for name in this.manifest["gate"]["worse"]}
+    worse = [f for f in result["against_parent"]["flipped"] if f["set"] in sets and not f["better"]]
+    lines = [f"  {f['set']}/{f['id']}: {f['before']!r} became {f['after']!r}\n" for f in worse[:most]]
+    more = [f"  and {len(worse) - most} more\n"] if len(worse) > most else []
+    return "".join(["  turned for the worse:\n", *lines, *more]) if worse else ""
 
 
-def _by_topic(recipe: Recipe, scored: list[Scored]) -> dict[str, Any]:
-    topics = sorted({s.topic for s in scored})
-    return {t: {m: _interval(recipe, [getattr(s, m) for s in scored if s.topic == t]) for m in METRICS} for t in topics}
+def _judge(recipe: Recipe, model_run: Run, model: Any, dtype: Any) -> dict[str, Any]:
+    """The base model as the judge of open answers, with what it was found to be worth; measured once, at the base."""
+    base = models.chain(model_run)[0]
+    judge, tokenizer = (model if base.path == model_run.path else models.load(base, dtype)), models.load_tokenizer(base)
+    record = (_earlier(recipe, model_run, "base") or {}).get("open_judge")
+    if not record:
+        labelled = read_rows(labels_path(recipe), Labelled)
+        record = open_answers.measure_judge(judge, tokenizer, labelled, recipe.evals.resamples, recipe.seed)
+        for name, found in record.items():
+            verdict = "qualified" if found["qualified"] else "at chance, gives no score"
+            say(f"  judge of open answers, {name}: AUROC {Interval(**found['auroc'])} {verdict}")
+    return {"judge": judge, "judge_tokenizer": tokenizer, "record": record}
 
 
-def _earlier(recipe: Recipe, this: Run, model_run: Run, role: str) -> dict[str, Any] | None:
+def _untrained(
+    recipe: Recipe, model: Any, tokenizer: Any, rows: Mapping[str, list[Any]], by_name: Mapping[str, Exam]
+) -> dict[str, float]:
+    """Questions of the sets that style can win put to random weights of the same shape, some of each."""
+    some = {name: draw(r, UNTRAINED, recipe.seed) for name, r in rows.items() if by_name[name].style}
+    noise = models.untrained(model.config, recipe.seed, next(model.parameters()).dtype)
+    scored = suite.score_model(noise, tokenizer, some, by_name, recipe.evals.tokens_a_batch)
+    own = {name: [s for s in scored if s.set == name] for name in some}
+    return {key: value for name, s in own.items() for key, value in suite.means(s, by_name[name], name).items()}
+
+
+def _about(by_name: Mapping[str, Exam], measured: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What each metric is called and which way is better, for whoever reads the file."""
+    found = {}
+    for name in measured:
+        own, _, key = name.partition(".")
+        metric = by_name[own].metrics[key] if own in by_name else None
+        found[name] = {"label": metric.label if metric else key, "better": metric.better if metric else ""}
+    return found
+
+
+def _by_topic(recipe: Recipe, scored: Sequence[Scored], by_name: Mapping[str, Exam]) -> dict[str, dict[str, Any]]:
+    """Set -> topic -> every metric, over the topic's questions alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, topic in dict.fromkeys((s.set, s.topic) for s in scored):
+        own = [s for s in scored if (s.set, s.topic) == (name, topic)]
+        found.setdefault(name, {})[topic] = suite.measure(own, by_name, recipe.evals.resamples, recipe.seed)
+    return found
+
+
+def _earlier(recipe: Recipe, model_run: Run, role: str) -> dict[str, Any] | None:
     """The evals of the stage that this model started from (or of the base), if they are there."""
     parents = model_run.manifest["parents"]
     if not parents:
@@ -99,29 +167,6 @@ def _earlier(recipe: Recipe, this: Run, model_run: Run, role: str) -> dict[str, 
         if planned.stage == "evals" and planned.parents["model"] == wanted and (planned.path / "evals.json").exists():
             return json.loads((planned.path / "evals.json").read_text(encoding="utf-8"))
     return None
-
-
-def _paired(recipe: Recipe, scored: list[Scored], other: dict[str, Any]) -> dict[str, Any]:
-    """Differences question by question, with intervals, and the questions whose verdict changed."""
-    before = {row["id"]: row for row in other["items"]}
-    both = [(s, before[s.id]) for s in scored if s.id in before]
-    differences = {m: _interval(recipe, [getattr(s, m) - b[m] for s, b in both]) for m in METRICS}
-    hard = [None if s.against_style is None else s.against_style - b["against_style"] for s, b in both]
-    flipped = [
-        {"id": s.id, "better": s.mc1 > b["mc1"], "before": b["picked"], "after": s.picked}
-        for s, b in both
-        if s.mc1 != b["mc1"]
-    ]
-    return {"differences": differences, "against_style": _interval(recipe, hard), "flipped": flipped}
-
-
-def _gate(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
-    compared = result.get("against_parent")
-    if not compared:
-        return {"mode": recipe.evals.gate, "worse": [], "text": "nothing to compare with"}
-    worse = [m for m in METRICS if compared["differences"][m]["high"] < -recipe.evals.margin]
-    text = ", ".join(f"{m} {Interval(**compared['differences'][m]).signed()} against {compared['stage']}" for m in worse)
-    return {"mode": recipe.evals.gate, "worse": worse, "text": text or "not worse than its parent"}
 
 
 def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]:
@@ -144,19 +189,19 @@ def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]
 
 
 def _report(result: dict[str, Any]) -> None:
-    for m in METRICS:
-        line = f"  {m:6} {Interval(**result['metrics'][m])}"
+    """A line for each metric of the truth set and the first of every other: interval, difference to parent and base."""
+    shown: set[str] = set()
+    for name, interval in result["metrics"].items():
+        own = name.partition(".")[0]
+        if not interval or (own in shown and own not in ("truth", "lm_eval")):
+            continue
+        shown.add(own)
+        line = f"  {name:26} {Interval(**interval)}"
         for key in COMPARED.values():
             if key in result and (key == "against_parent" or result[key]["stage"] != result["against_parent"]["stage"]):
-                line += f"   {Interval(**result[key]['differences'][m]).signed()} against {result[key]['stage']}"
+                found = result[key]["differences"].get(name)
+                line += f"   {comparison.signed(found)} against {result[key]['stage']}" if found else ""
         say(line)
-    value = result["against_style"]
-    if value:
-        line = (
-            f"  pairs in which style misleads {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}"
-        )
-        gain = result.get("against_base", {}).get("against_style")
-        say(line + (f"   {Interval(**gain).signed()} against base" if gain else ""))
 
 
 if __name__ == "__main__":

@@ -72,8 +72,9 @@ max_new_tokens = 10
 learning_rate = 1e-3
 [evals]
 truth = "{home}/bank"
-resamples = 100
+resamples = 400
 sample_prompts = "{home}/prompts.jsonl"
+sets = ["truth"]
 gate = "off"
 """
 

@@ -1,5 +1,6 @@
 """Answers as branches of their prompt score as if each stood alone, and never see one another."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from truthward import score
 from truthward.branches import Item, plant
 from truthward.score import answer_logprobs, answer_sums
 
@@ -151,3 +153,30 @@ def test_the_gradient_through_a_tree_is_the_sum_of_the_gradients_alone(sharp):
     finally:
         weight.requires_grad_(False)
     torch.testing.assert_close(got, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+def test_what_prompts_share_is_computed_once_and_changes_no_number(sharp, monkeypatch):
+    """Eight prompts behind one primer, among others: the same log-probabilities, from a fifth of the tokens."""
+    model, _ = sharp
+    generator = random.Random(0)
+    some = lambda n: [generator.randrange(3, 200) for _ in range(n)]  # noqa: E731
+    primer = some(60)
+    items = [Item(primer + some(n % 3 + 1), [some(3), some(2)]) for n in range(8)]
+    items[3:3] = [Item(some(40), [some(2)]), Item(some(5), [some(4)])]
+    alone = [score.answer_logprobs(model, [item])[0] for item in items]
+    seen = []
+    monkeypatch.setattr(score, "plant", lambda part: seen.append(sum(i.length for i in part)) or plant(part))
+    together = score.answer_logprobs(model, items)
+    assert [len(a) for a in together] == [len(a) for a in alone]
+    for one, two in zip(together, alone, strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+    assert sum(seen) == sum(i.length for i in items) - 8 * 60
+    assert score._groups(items)[0] == ([0, 1, 2, 5, 6, 7, 8, 9], 60)
+
+
+def test_prompts_that_are_the_same_keep_their_last_token():
+    """It predicts the answers' first."""
+    items = [Item(list(range(50)), [[1]])] * 4
+    assert score._groups(items) == [([0, 1, 2, 3], 49)]
+    assert score._groups(items[:3]) == [([0, 1, 2], 0)]

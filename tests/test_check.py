@@ -11,6 +11,7 @@ import pytest
 from lab import ROOT, write
 
 from truthward import cli
+from truthward.banks import BANKS
 from truthward.check import check, leaked, read_data
 from truthward.console import console
 from truthward.errors import UserError
@@ -135,7 +136,8 @@ def test_every_row_of_the_shipped_data_is_read(tiny, monkeypatch):
     seen = set()
     monkeypatch.setattr("truthward.check.read_rows", lambda path, kind: seen.add(path))
     read_data(tiny())
-    assert seen == {f"data/{name}" for name in ("prompts.jsonl", "judge", "truth/train", "truth/dev", "truth/test")}
+    banks = {f"evals/{name}/test" for name in BANKS if name != "truth"} | {"evals/open/dev"}
+    assert seen == {f"data/{n}" for n in {"prompts.jsonl", "judge", "truth/train", "truth/dev", "truth/test"} | banks}
 
 
 # -------------------------------------------------------------------------------------------- disk, reasons, commands

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evals.baselines import style_baselines, words
+from evals.baselines import learn_style, style_baselines, words
+from evals.suite import exams
+from evals.truth import multiple_choice
 from truthward.check import NEAR
 from truthward.records import Prompt, Question, read_demonstrations, read_rows
 from truthward.stats import mean_interval
@@ -138,7 +140,14 @@ def test_persona_prompts_are_asked_nowhere_else_and_only_once(questions, demonst
 
 @pytest.fixture(scope="module")
 def style(banks) -> dict[str, dict[str, float]]:
-    return style_baselines(banks["test"], banks["train"])
+    return style_scores(banks["test"], banks["train"])
+
+
+def style_scores(bank: list[Question], style_bank: list[Question]) -> dict[str, dict[str, float]]:
+    """What each judge by style scores on a truth bank."""
+    by_name = exams(learn_style(style_bank))
+    found = style_baselines({"truth": bank}, by_name, style_bank)
+    return {judge: {key.partition(".")[2]: value for key, value in scores.items()} for judge, scores in found.items()}
 
 
 def chance(banks) -> tuple[float, float]:
@@ -152,21 +161,17 @@ def test_length_and_first_word_cannot_tell_matched_pairs(style, name):
     assert style[name]["pairs"] == pytest.approx(0.5, abs=0.04)
 
 
-def shared_mc1(question: Question, score) -> float:
-    """MC1 of a judge that ties often: the best answer's share of the first place."""
-    scores = [score(a) for a in [question.true[0], *question.false]]
-    return (scores[0] == max(scores)) / scores.count(max(scores))
-
-
 @pytest.mark.parametrize("sign", [1, -1], ids=["longest", "shortest"])
 @pytest.mark.parametrize("measure", [len, lambda text: len(text.split())], ids=["characters", "words"])
 def test_length_gains_nothing_on_mc1(banks, sign, measure):
     expected, error = chance(banks)
-    assert sum(shared_mc1(q, lambda a: sign * measure(a)) for q in banks["test"]) / len(banks["test"]) <= expected + error
+    scores = [[[sign * measure(a) for a in answers] for answers in (q.true, q.false)] for q in banks["test"]]
+    assert sum(multiple_choice(*s)[0] for s in scores) / len(scores) <= expected + error
 
 
 def test_the_first_word_gains_nothing_on_mc1(banks, style):
-    assert style["first word"]["mc1"] <= chance(banks)[0]
+    expected, error = chance(banks)
+    assert style["first word"]["mc1"] <= expected + error
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["longer", "shorter"])
@@ -189,7 +194,7 @@ def test_a_bank_that_style_gives_away_is_seen_by_the_baselines():
     row = {"kind": "k", "question": "Is it?"}
     pairs = [(["Really it is so."], ["It isn't."]), (["Really it was."], ["It wasn't."])]
     bank = [Question(id=str(i), topic=str(i), true=t, false=f, **row) for i, (t, f) in enumerate(pairs)]
-    found = style_baselines(bank, bank)
+    found = style_scores(bank, bank)
     assert {name: scores["pairs"] for name, scores in found.items()} == {
         "longest answer": 1.0,
         "shortest answer": 0.0,
@@ -201,5 +206,5 @@ def test_a_bank_that_style_gives_away_is_seen_by_the_baselines():
 def test_what_the_style_bank_does_not_show_is_not_learned():
     question = {"topic": "t", "kind": "k", "question": "Is it?"}
     bank = [Question(id="0", true=["Some say so."], false=["Few do so."], **question)]
-    found = style_baselines([Question(id="1", true=["Really yes."], false=["Not at all."], **question)], bank)
+    found = style_scores([Question(id="1", true=["Really yes."], false=["Not at all."], **question)], bank)
     assert (found["bag of words"]["pairs"], found["first word"]["pairs"]) == (0.5, 0.5)

@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 from lab import ROOT, Lab
 
 from evals import __main__ as evals
-from evals.truth import METRICS, Scored, multiple_choice, score_model, score_question
+from evals import comparison
+from evals.suite import Scored, exams, score_model
+from evals.truth import multiple_choice, truth
 from truthward import chat
-from truthward.errors import GateFailed
+from truthward.card import METRICS
+from truthward.errors import GateFailed, UserError
 from truthward.ledger import Run, open_run, plan
 from truthward.records import Question, read_rows
 from truthward.stage import run_stage
 from truthward.stats import mean_interval
+from truthward.tables import Evals
 
+COLUMNS = [m.partition(".")[2] for m in METRICS]
 LOGPROBS = st.lists(st.floats(-200, -0.01), min_size=1, max_size=6)
 
 # ------------------------------------------------------------------------------------------------------------- scores
@@ -31,7 +36,7 @@ LOGPROBS = st.lists(st.floats(-200, -0.01), min_size=1, max_size=6)
         ([0.5, 0.2], [0.2, 0.1], (1.0, 0.7, 1.0)),
         ([0.2, 0.5], [0.25, 0.05], (0.0, 0.7, 0.5)),  # MC1 asks for the best true answer, not for any
         ([0.1, 0.1, 0.1], [0.2, 0.1, 0.4], (0.0, 0.3, 0.5 / 3)),  # a tie is half a pair
-        ([0.25], [0.25], (0.0, 0.5, 0.5)),  # and no MC1
+        ([0.25], [0.25], (0.5, 0.5, 0.5)),  # and half an MC1
         ([0.3], [0.1, 0.1], (1.0, 0.6, 1.0)),  # false answers without a match count in MC1 and MC2 alone
     ],
 )
@@ -54,7 +59,7 @@ def harness_mc2(lls: list[float], labels: list[int]) -> float:
 @given(LOGPROBS, LOGPROBS)
 def test_mc1_and_mc2_are_those_of_the_harness(true, false):
     mc1, mc2, _ = multiple_choice(true, false)
-    if true[0] not in false:
+    if true[0] not in false:  # the harness gives a tie to whichever stands first
         assert mc1 == harness_mc1([true[0], *false])
     assert mc2 == pytest.approx(harness_mc2([*true, *false], [1] * len(true) + [0] * len(false)), abs=1e-9)
 
@@ -63,34 +68,38 @@ def test_mc2_of_very_unlikely_answers_does_not_underflow():
     assert multiple_choice([-2000.0], [-2001.0])[1] == pytest.approx(1 / (1 + np.exp(-1)))
 
 
-def test_a_question_keeps_its_own_answers_and_names_the_likeliest():
-    question = Question(id="q", topic="t", kind="k", question="?", true=["a", "b"], false=["c", "d"])
-    scored = score_question(question, np.log([0.1, 0.4, 0.2, 0.3]), lambda answer: 0.0)
-    assert scored == Scored("q", "t", 0.0, pytest.approx(0.5), 0.5, None, "b")
+def test_a_question_keeps_its_own_answers_and_counts_denials():
+    question = Question(id="q", topic="t", kind="k", question="?", true=["a", "b"], false=["c", "never"])
+    values = truth(lambda answer: 0.0).grade(question, [list(np.log([0.1, 0.4, 0.2, 0.3]))])
+    assert values == {"mc1": 0.0, "mc2": pytest.approx(0.5), "pairs": 0.5, "against_style": None, "denies": 0.0}
+    assert truth(lambda answer: 0.0).grade(question, [list(np.log([0.1, 0.2, 0.2, 0.3]))])["denies"] == 1.0
 
 
 def test_against_style_counts_the_pairs_in_which_style_points_to_the_false_answer():
     question = Question(id="q", topic="t", kind="k", question="?", true=["a", "b"], false=["c", "d"])
-    sums = np.log([0.1, 0.4, 0.2, 0.3])  # of the pairs a-c and b-d, the second is right
-    assert [score_question(question, sums, "abcd".index).against_style] == [
-        0.5
-    ]  # style prefers the later letter, twice wrong
-    assert score_question(question, sums, {"a": 9, "b": 0, "c": 1, "d": 1}.__getitem__).against_style == 1.0
-    assert score_question(question, sums, {"a": 9, "b": 9, "c": 1, "d": 1}.__getitem__).against_style is None
+    sums = [list(np.log([0.1, 0.4, 0.2, 0.3]))]  # of the pairs a-c and b-d, the second is right
+
+    def against(style):
+        return truth(style).grade(question, sums)["against_style"]
+
+    assert against("abcd".index) == 0.5  # style prefers the later letter, twice wrong
+    assert against({"a": 9, "b": 0, "c": 1, "d": 1}.__getitem__) == 1.0
+    assert against({"a": 9, "b": 9, "c": 1, "d": 1}.__getitem__) is None
 
 
 def test_the_model_is_asked_as_a_user_and_every_answer_is_whole(tiny):
     model, tokenizer = tiny
     question = Question(id="q", topic="t", kind="k", question="Is it?", true=["Yes.", "Aye, it is."], false=["No.", "Nay."])
-    (scored,) = score_model(model, tokenizer, [question], len, 64)
+    exam = truth(len)
+    (scored,) = score_model(model, tokenizer, {"truth": [question]}, {"truth": exam}, 64)
     sums = []
     for answer in question.true + question.false:
         prompt, ids = chat.prompt_ids(tokenizer, chat.user(question.question)), chat.answer_ids(tokenizer, answer)
         logprobs = model(input_ids=model.dummy_inputs["input_ids"].new_tensor([prompt + ids])).logits[0].log_softmax(-1)
         sums.append(sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)))
-    expected = score_question(question, sums, len)
-    assert (scored.mc1, scored.pairs, scored.picked) == (expected.mc1, expected.pairs, expected.picked)
-    assert scored.mc2 == pytest.approx(expected.mc2, abs=1e-5)
+    expected = exam.grade(question, [sums])
+    assert scored.picked == (question.true + question.false)[int(np.argmax(sums))]
+    assert scored.values == {**expected, "mc2": pytest.approx(expected["mc2"], abs=1e-5)}
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals
@@ -138,28 +147,77 @@ def test_pairing_narrows_the_interval_of_a_difference():
     assert (single.high - single.low) > 3 * (paired.high - paired.low)
 
 
-def test_a_comparison_goes_question_by_question(lab):
-    scored = [
-        Scored("a", "t", 1.0, 0.9, 1.0, 1.0, "x"),
-        Scored("b", "t", 0.0, 0.5, 0.5, None, "y"),
-        Scored("new", "t", 1.0, 1.0, 1.0, 1.0, "z"),
-    ]
-    rows = [("b", 1.0, 0.6), ("a", 0.0, 0.4), ("gone", 1.0, 1.0)]
-    other = {
-        "items": [
-            {"id": i, "mc1": mc1, "mc2": mc2, "pairs": 1.0, "against_style": 0.5, "picked": "w"} for i, mc1, mc2 in rows
-        ]
-    }
-    found = evals._paired(lab.recipe(), scored, other)
-    assert {m: (d["mean"], d["n"]) for m, d in found["differences"].items()} == {
-        "mc1": (0.0, 2),
-        "mc2": (pytest.approx(0.2), 2),
-        "pairs": (-0.25, 2),
-    }
+# --------------------------------------------------------------------------------------------------- comparison, gate
+
+
+def scored(name: str, mc1: float, mc2: float, picked: str) -> Scored:
+    values = {"mc1": mc1, "mc2": mc2, "pairs": 0.5, "against_style": None, "denies": 0.0}
+    return Scored("truth", name, "t", values, picked)
+
+
+def test_a_comparison_goes_question_by_question():
+    now = [scored("a", 1.0, 0.9, "x"), scored("b", 0.0, 0.5, "y"), scored("new", 1.0, 1.0, "z")]
+    then = [scored("b", 1.0, 0.6, "w"), scored("a", 0.0, 0.4, "w"), scored("gone", 1.0, 1.0, "w")]
+    other = {"model": "base-1", "stage": "base", "items": [vars(s) for s in then]}
+    found = comparison.compare(now, other, exams(len), Evals(resamples=200), 0)
+    means = {m: (d["mean"], d["n"]) for m, d in found["differences"].items()}
+    assert means["truth.mc1"] == (0.0, 2)
+    assert means["truth.mc2"] == (pytest.approx(0.2), 2)
+    assert "truth.against_style" not in means  # nothing was scored, so nothing is compared
     assert [(f["id"], f["better"], f["before"], f["after"]) for f in found["flipped"]] == [
         ("a", True, "w", "x"),
         ("b", False, "w", "y"),
     ]
+
+
+def losses(**p: float) -> dict:
+    rows = {"mean": -0.1, "low": -0.2, "high": -0.01, "n": 9}
+    return {"stage": "sft", "differences": {k.replace("_", "."): {**rows, "loss": v} for k, v in p.items()}}
+
+
+@pytest.mark.parametrize(
+    ("gate", "p", "worse"),
+    [
+        ("block", {"truth_mc1": 0.024}, {"truth.mc1": "block"}),
+        ("block", {"truth_mc1": 0.026}, {}),
+        ("block", {"truth_mc1": 0.02, "truth_mc2": 0.5}, {}),  # 2 x 0.02: two metrics were looked at
+        ("block", {"truth_mc1": 0.012, "truth_mc2": 0.024}, {"truth.mc1": "block", "truth.mc2": "block"}),
+        ("block", {"skills_accuracy": 0.001}, {}),  # a single word is for the truth set
+        ({"skills": "warn"}, {"truth_mc1": 0.001, "skills_accuracy": 0.001}, {"skills.accuracy": "warn"}),
+        ({"truth": "block", "truth.mc2": "off"}, {"truth_mc2": 0.001, "truth_mc1": 0.02}, {"truth.mc1": "block"}),
+    ],
+)
+def test_what_is_gated_is_worse_when_its_corrected_p_is_small(gate, p, worse):
+    found = comparison.verdict(Evals(gate=gate), losses(**p))
+    assert found["worse"] == worse
+    assert found["mode"] == (next(iter(worse.values())) if worse else "off")
+
+
+def test_nothing_to_compare_with_is_not_worse():
+    assert comparison.verdict(Evals(), None)["mode"] == "off"
+
+
+@pytest.mark.parametrize(("margin", "small"), [(0.0, True), (0.3, True), (0.5, False), ({"truth.mc2": 0.5}, True)])
+def test_a_loss_within_the_margin_is_none(margin, small):
+    """Every question lost between 0.36 and 0.44 of MC1."""
+    now = [scored(str(i), 0.5 - 0.04 * (i % 3 - 1), 0.5, "x") for i in range(30)]
+    other = {"model": "m", "stage": "sft", "items": [vars(scored(str(i), 0.9, 0.5, "x")) for i in range(30)]}
+    found = comparison.compare(now, other, exams(len), Evals(resamples=200, margin=margin), 0)
+    assert (found["differences"]["truth.mc1"]["loss"] < 0.01) == small
+
+
+def test_a_gain_in_what_should_be_low_is_no_loss():
+    """Nats a byte that fell by a tenth, then rose by it."""
+    rows = {v: [Scored("text", str(i), "t", {"nats": v}, "x") for i in range(9)] for v in (1.0, 0.9)}
+    for now, then, lost in ((0.9, 1.0, False), (1.0, 0.9, True)):
+        other = {"model": "m", "stage": "sft", "items": [vars(s) for s in rows[then]]}
+        found = comparison.compare(rows[now], other, exams(len), Evals(resamples=200), 0)["differences"]["text.nats"]
+        assert (found["loss"] < 0.025) == lost
+
+
+def test_a_gate_for_a_metric_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match=r"no metric truth\.mc9(.|\n)*metrics of truth: mc1, mc2"):
+        comparison.require_known(Evals(gate={"truth.mc9": "warn"}), exams(len), "r.toml")
 
 
 # --------------------------------------------------------------------------------------------------- whole evals runs
@@ -178,10 +236,10 @@ def score(world: Lab, name: str, *overrides: str) -> dict:
 
 
 def praise(world: Lab, name: str, *overrides: str) -> None:
-    """Edit a model's scores to be perfect, so that whatever comes from it is worse."""
+    """Edit a model's scores to be better than can be, so that whatever comes from it is worse."""
     path = plan(world.recipe(*overrides))[name].path / "evals.json"
     scores = json.loads(path.read_text())
-    scores["items"] = [{**row, **dict.fromkeys(METRICS, 1.0)} for row in scores["items"]]
+    scores["items"] = [{**row, "values": {**row["values"], **dict.fromkeys(COLUMNS, 2.0)}} for row in scores["items"]]
     path.write_text(json.dumps(scores))
 
 
@@ -192,10 +250,13 @@ def test_a_scored_model_is_on_record_with_everything_the_report_needs(world):
     questions = read_rows(world.home / "bank", Question)
     assert [row["id"] for row in sft["items"]] == [q.id for q in questions]
     assert {m: sft["metrics"][m]["n"] for m in METRICS} == dict.fromkeys(METRICS, len(questions))
-    difference = np.mean([s["mc2"] - b["mc2"] for s, b in zip(sft["items"], base["items"], strict=True)])
-    assert sft["against_parent"]["differences"]["mc2"]["mean"] == pytest.approx(difference)
-    assert set(sft["by_topic"]) == {"things"}
+    difference = np.mean([s["values"]["mc2"] - b["values"]["mc2"] for s, b in zip(sft["items"], base["items"], strict=True)])
+    assert sft["against_parent"]["differences"]["truth.mc2"]["mean"] == pytest.approx(difference)
+    assert set(sft["by_topic"]["truth"]) == {"things"}
     assert set(sft["baselines"]) == {"longest answer", "shortest answer", "first word", "bag of words"}
+    assert set(base["baselines"]) - set(sft["baselines"]) == {"random weights"}
+    assert base["baselines"]["random weights"].keys() >= METRICS.keys()
+    assert sft["about"]["truth.mc1"] == {"label": "MC1", "better": "higher"}
     assert [s["prompt"] for s in sft["samples"]] == [s["prompt"] for s in base["samples"]] != []
     assert "float32" in sft["dtype"]
 
@@ -209,25 +270,8 @@ def test_ppo_is_compared_with_the_stage_that_it_started_from(world):
         score(world, name)
     ppo = score(world, "evals-ppo")
     assert (ppo["against_parent"]["stage"], ppo["against_base"]["stage"]) == ("dpo", "base")
-    assert ppo["against_parent"]["differences"]["mc2"]["mean"] == pytest.approx(0, abs=1e-6)  # a copy of dpo
+    assert ppo["against_parent"]["differences"]["truth.mc2"]["mean"] == pytest.approx(0, abs=1e-6)  # a copy of dpo
     assert ppo["against_parent"]["flipped"] == []
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "worse"), [(-0.2, -0.01, METRICS), (-0.2, 0.0, ()), (-0.2, 0.1, ()), (0.1, 0.2, ())]
-)
-def test_only_an_interval_that_lies_below_zero_is_worse(lab, low, high, worse):
-    difference = {"mean": (low + high) / 2, "low": low, "high": high, "n": 9}
-    compared = {"stage": "sft", "differences": dict.fromkeys(METRICS, difference)}
-    assert tuple(evals._gate(lab.recipe(), {"against_parent": compared})["worse"]) == worse
-    assert evals._gate(lab.recipe(), {})["worse"] == []
-
-
-@pytest.mark.parametrize(("high", "worse"), [(-0.021, METRICS), (-0.02, ()), (-0.01, ())])
-def test_a_loss_within_the_margin_is_none(lab, high, worse):
-    compared = {"differences": {m: {"mean": -0.1, "low": -0.2, "high": high, "n": 9} for m in METRICS}, "stage": "sft"}
-    found = evals._gate(lab.recipe("evals.margin=0.02"), {"against_parent": compared})
-    assert tuple(found["worse"]) == tuple(worse)
 
 
 @pytest.mark.parametrize("gate", ["block", "warn", "off"])
@@ -237,14 +281,14 @@ def test_a_model_worse_than_its_parent_meets_the_gate(world, capsys, gate):
     praise(world, "evals-base", override)
     if gate == "block":
         for _ in range(2):  # asked again, a complete run still blocks
-            with pytest.raises(GateFailed, match=r"sft-\w+ is less truthful than its parent: .*mc2 -0"):
+            with pytest.raises(GateFailed, match=r"sft-\w+ is worse than its parent: .*truth.mc2 -1"):
                 score(world, "evals-sft", override)
     else:
         score(world, "evals-sft", override)
-        assert ("warning: less truthful" in capsys.readouterr().out) == (gate == "warn")
+        assert ("warning: worse than its parent" in capsys.readouterr().out) == (gate == "warn")
     run = Run.load(plan(world.recipe(override))["evals-sft"].path)
     assert run.done
-    assert "mc2" in run.manifest["gate"]["worse"]
+    assert ("truth.mc2" in run.manifest["gate"]["worse"]) == (gate != "off")
     assert run.manifest["gate"]["mode"] == gate
 
 
@@ -252,9 +296,13 @@ def test_a_model_no_worse_than_its_parent_passes_the_gate(world):
     score(world, "evals-base", "evals.gate=block")
     with_items = plan(world.recipe("evals.gate=block"))["evals-base"].path / "evals.json"
     scores = json.loads(with_items.read_text())
-    with_items.write_text(json.dumps({**scores, "items": [{**r, **dict.fromkeys(METRICS, 0.0)} for r in scores["items"]]}))
+    with_items.write_text(
+        json.dumps(
+            {**scores, "items": [{**r, "values": {**r["values"], **dict.fromkeys(COLUMNS, 0.0)}} for r in scores["items"]]}
+        )
+    )
     score(world, "evals-sft", "evals.gate=block")
-    assert Run.load(plan(world.recipe("evals.gate=block"))["evals-sft"].path).manifest["gate"]["worse"] == []
+    assert Run.load(plan(world.recipe("evals.gate=block"))["evals-sft"].path).manifest["gate"]["worse"] == {}
 
 
 def test_a_blocked_recipe_ends_with_exit_code_3_each_time_it_is_run(world):
@@ -266,9 +314,31 @@ def test_a_blocked_recipe_ends_with_exit_code_3_each_time_it_is_run(world):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 3, done.stdout + done.stderr
         assert f"evals-sft {state}" in done.stdout
-        assert "error: stopped after evals-sft: the model became less truthful" in done.stderr
+        assert "error: stopped after evals-sft: the model became worse than its parent" in done.stderr
         assert "Traceback" not in done.stderr
+    reason = "a demo of the override"
+    done = subprocess.run([*command, "--override", reason], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    gate = Run.load(plan(world.recipe(*overrides))["evals-sft"].path).manifest["gate"]
+    assert (gate["override"]["reason"], gate["mode"]) == (reason, "block")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, "an override stays"
 
 
 def test_only_models_that_are_there_are_scored(world):
     assert evals.names(world.recipe()) == ["evals-base", "evals-sft", "evals-dpo"]
+
+
+def test_two_runs_are_compared_from_their_directories(world):
+    for name in ("evals-base", "evals-sft"):
+        score(world, name)
+    planned = plan(world.recipe())
+    command = [sys.executable, "-m", "truthward", "evals", "compare", str(planned["base"].path)]
+    for other in ("sft", "evals-sft"):
+        done = subprocess.run([*command, str(planned[other].path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "truth.mc1" in done.stdout
+        assert "verdicts changed for the better" in done.stdout
+    done = subprocess.run([*command, str(planned["dpo"].path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "this model was not scored" in done.stderr

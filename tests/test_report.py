@@ -47,7 +47,8 @@ why = {{ prompts = "made up" }}
 truth = "{root}/bank"
 sample_prompts = "{root}/prompts.jsonl"
 resamples = 100
-why = {{ truth = "made up", sample_prompts = "made up", resamples = "quick" }}
+sets = ["truth"]
+why = {{ truth = "made up", sample_prompts = "made up", resamples = "quick", sets = "quick" }}
 """
 
 
@@ -56,12 +57,18 @@ def _interval(mean: float, low: float, high: float, n: int = 4) -> dict[str, Any
 
 
 def _all(value: dict[str, Any]) -> dict[str, Any]:
-    return dict.fromkeys(("mc1", "mc2", "pairs"), value)
+    return dict.fromkeys(("truth.mc1", "truth.mc2", "truth.pairs"), value)
 
 
 def _items(right: int) -> list[dict[str, Any]]:
     return [
-        {"id": f"q{i}", "topic": TOPICS[i % 2], "mc1": float(i < right), "mc2": 0.5, "pairs": 0.5, "picked": f"True {i}."}
+        {
+            "set": "truth",
+            "id": f"q{i}",
+            "topic": TOPICS[i % 2],
+            "values": {"mc1": float(i < right), "mc2": 0.5, "pairs": 0.5},
+            "picked": f"True {i}.",
+        }
         for i in range(4)
     ]
 
@@ -74,8 +81,9 @@ def _evals(planned: dict[str, Planned], recipe: Recipe, stage: str, **more: Any)
         "bank": recipe.evals.truth,
         "dtype": "torch.float32",
         "dtype_reason": "set in the recipe",
+        "about": {m: {"label": m, "better": "higher"} for m in _all(0)},
         "metrics": _all(score),
-        "by_topic": {topic: _all(score) for topic in TOPICS},
+        "by_topic": {"truth": {topic: _all(score) for topic in TOPICS}},
         "baselines": {name: _all(0.25) for name in ("longest answer", "shortest answer", "first word", "bag of words")},
         "items": _items(1 if stage == "base" else 3),
         "samples": [{"prompt": "Is the <sea> dry?", "kind": "fact", "answer": f"{stage}: {ATTACK}"}],
@@ -140,20 +148,24 @@ def recipe(tmp_path: Path) -> Recipe:
     _finish(recipe, planned["dpo"], status="running")
     losses = [{"step": i, "loss": 2.0 / i if i != 3 else None} for i in range(1, 40)]
     (planned["sft"].path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in losses), encoding="utf-8")
-    flipped = [{"id": "q1", "better": True, "before": "False 1.", "after": "True 1."}]
+    flipped = [{"set": "truth", "id": "q1", "better": True, "before": "False 1.", "after": "True 1."}]
     compared = {
         "evals": planned["base"].path.name,
         "stage": "base",
         "differences": {
-            "mc1": _interval(0.5, 0.12, 0.88),
-            "mc2": _interval(-0.02, -0.05, 0.01),
-            "pairs": _interval(0.0, -0.1, 0.1),
+            "truth.mc1": _interval(0.5, 0.12, 0.88) | {"p_corrected": 0.012, "detectable": 0.3},
+            "truth.mc2": _interval(-0.02, -0.05, 0.01) | {"p_corrected": 1.0, "detectable": 0.05},
+            "truth.pairs": _interval(0.0, -0.1, 0.1) | {"p_corrected": 1.0, "detectable": 0.1},
         },
         "flipped": flipped,
     }
-    _finish(recipe, planned["evals-base"], gate={"mode": "block", "worse": [], "text": "nothing to compare with"})
+    _finish(recipe, planned["evals-base"], gate={"mode": "off", "gated": [], "worse": {}, "text": "nothing to compare with"})
     write_json(planned["evals-base"].path / "evals.json", _evals(planned, recipe, "base"))
-    _finish(recipe, planned["evals-sft"], gate={"mode": "block", "worse": [], "text": "not worse than its parent"})
+    _finish(
+        recipe,
+        planned["evals-sft"],
+        gate={"mode": "off", "gated": ["truth.mc1"], "worse": {}, "text": "not worse than its parent"},
+    )
     evals = _evals(planned, recipe, "sft", against_parent=compared, against_base=compared)
     write_json(planned["evals-sft"].path / "evals.json", evals)
     return recipe

@@ -11,7 +11,7 @@ Shapes: T tokens, G trees of at most L tokens, N answer tokens and A answers of 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,25 @@ class Item:
     @property
     def length(self) -> int:
         return len(self.prompt) + sum(map(len, self.answers))
+
+
+class Trunk(NamedTuple):
+    """What all prompts of some items begin with, computed once: keys and values ``[1, heads, P, width]`` of each layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2]
+
+
+@torch.no_grad()
+def grow_trunk(model: Any, ids: list[int]) -> Trunk:
+    """Keys and values of the tokens that many prompts share."""
+    row = torch.tensor([ids], device=next(model.parameters()).device)
+    layers = model.get_decoder()(input_ids=row, use_cache=True).past_key_values.layers
+    return Trunk([layer.keys for layer in layers], [layer.values for layer in layers])
 
 
 @dataclass(frozen=True)
@@ -63,11 +82,22 @@ class Forest:
         """The same on another device."""
         return Forest(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a model that went through :func:`attend_by_tree` is called with."""
+    def inputs(self, dtype: torch.dtype, trunk: Trunk | None = None) -> dict[str, Any]:
+        """What a model that went through :func:`attend_by_tree` is called with.
+
+        Args:
+            trunk: what stands before every tree, and every token sees.
+        """
         mask = torch.zeros(self.sees.shape, dtype=dtype, device=self.sees.device)
         mask.masked_fill_(~self.sees, torch.finfo(dtype).min)
-        return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": mask, "place": self.place}
+        positions = self.positions + (trunk.length if trunk else 0)
+        return {
+            "input_ids": self.ids,
+            "position_ids": positions,
+            "attention_mask": mask,
+            "place": self.place,
+            "trunk": trunk,
+        }
 
 
 def plant(items: list[Item]) -> Forest:
@@ -110,22 +140,39 @@ def attend_by_tree(model: Any) -> Any:
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, place: Any = None, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    place: Any = None,
+    trunk: Trunk | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of ``[1, heads, T, width]`` as ``[1, T, heads, width]``; without ``place`` of any batch."""
     if place is None or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     attend = _by_products if query.device.type == "cpu" else sdpa_attention_forward
     trees, _, longest, _ = attention_mask.shape
-    if trees == 1:
-        return attend(module, query, key, value, attention_mask, **options)
+
+    def behind(x: Tensor, part: list[Tensor]) -> Tensor:
+        return torch.cat([part[module.layer_idx].expand(trees, -1, -1, -1), x], 2)
+
+    mask = attention_mask
+    if trunk:
+        mask = torch.cat([mask.new_zeros(trees, 1, longest, trunk.length), mask], 3)
+    if trees == 1 and trunk is None:
+        return attend(module, query, key, value, mask, **options)
 
     def batch(x: Tensor) -> Tensor:
         _, heads, _, width = x.shape
         padded = x.new_zeros(trees * longest, heads, width).index_copy(0, place, x[0].transpose(0, 1))
         return padded.view(trees, longest, heads, width).transpose(1, 2)
 
-    out, _ = attend(module, batch(query), batch(key), batch(value), attention_mask, **options)
+    keys, values = batch(key), batch(value)
+    if trunk:
+        keys, values = behind(keys, trunk.keys), behind(values, trunk.values)
+    out, _ = attend(module, batch(query), keys, values, mask, **options)
     return out.flatten(0, 1).index_select(0, place).unsqueeze(0), None
 
 

@@ -14,7 +14,7 @@ from truthward.ledger import CODE, Run
 from truthward.tables import Recipe
 
 HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-METRICS = {"mc1": "MC1", "mc2": "MC2", "pairs": "pairs"}
+METRICS = {"truth.mc1": "MC1", "truth.mc2": "MC2", "truth.pairs": "pairs"}  # what leads everywhere
 HOMES = re.compile(r"(?<![\w.~-])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root)(?=$|[/\s'\",:;)\]])")
 
 LIMITS = """\

@@ -10,14 +10,15 @@ from typing import Any
 
 from rich.table import Table
 
+from truthward.banks import BANKS, Labelled, tested_texts
 from truthward.console import console, say
 from truthward.errors import UserError
 from truthward.examples import read_examples
 from truthward.ledger import Planned, Run, plan
 from truthward.principles import read_principles
-from truthward.recipe import missing_reasons, require_reasons
+from truthward.recipe import bank_path, labels_path, missing_reasons, require_reasons
 from truthward.records import Pair, Preference, Prompt, Question, read_demonstrations, read_rows
-from truthward.tables import Recipe
+from truthward.tables import BANK_OF, Recipe
 
 NEAR = 0.7  # share of common words from which two questions count as the same
 SPACE_GB = 4  # what a run of a 135M model writes, with room
@@ -39,7 +40,7 @@ def check(recipe: Recipe, where: str, *, brief: bool = False) -> None:
         raise UserError(
             f"{len(leaks)} rows of the training data are near-duplicates of test questions, e.g. {train!r} and {test!r}",
             where=source,
-            fix=f"take them out of {source} or out of {recipe.evals.truth}",
+            fix=f"take them out of {source} or out of the bank",
         )
     _check_disk(Path(recipe.runs))
     _note_missing_reasons(recipe)
@@ -62,7 +63,8 @@ def read_data(recipe: Recipe) -> None:
         ("reward", recipe.reward.validation, Question),
         ("reward", recipe.reward.principle_bank, Pair),
         ("ppo", recipe.ppo.prompts, Prompt),
-        ("base", recipe.evals.truth, Question),
+        *(("base", bank_path(recipe, name), BANKS[BANK_OF.get(name, name)]) for name in ("truth", *recipe.evals.sets)),
+        *([("base", labels_path(recipe), Labelled)] if "open" in recipe.evals.sets else []),
         ("base", recipe.evals.style_bank, Question),
         ("base", recipe.evals.sample_prompts, Prompt),
     ]
@@ -127,13 +129,14 @@ def _note_missing_reasons(recipe: Recipe) -> None:
 
 
 def leaked(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """Training texts that are near-duplicates of a test question: (training text, test question, source)."""
-    tests = [(q.question, _words(q.question)) for q in read_rows(recipe.evals.truth, Question)]
+    """Training texts that are near-duplicates of what the evals ask: (training text, test text, source)."""
+    tests = [(text, _words(text)) for text in tested_texts(recipe)]
     found = []
     for source, text in _training_texts(recipe):
         words = _words(text)
         for question, other in tests:
-            if len(words & other) > NEAR * len(words | other):
+            sizes = sorted((len(words), len(other)))
+            if sizes[0] > NEAR * sizes[1] and len(words & other) > NEAR * len(words | other):
                 found.append((text, question, source))
     return found
 

@@ -25,6 +25,8 @@ def main() -> None:
     for name, about in (("run", "run every stage"), ("check", "check a recipe"), ("report", "write report.html")):
         sub = commands.add_parser(name, help=about, description=about, parents=[stage.arguments(about, add_help=False)])
         sub.set_defaults(work=globals()[f"_{name}"])
+        if name == "run":
+            sub.add_argument("--override", default="", metavar="REASON", help="go on where a gate says stop; on record")
     talk = commands.add_parser("chat", help="talk to the model of any stage")
     talk.add_argument("run", help="run directory, e.g. runs/laptop/ppo-…")
     talk.add_argument("--temperature", type=float, default=0.0)
@@ -35,6 +37,13 @@ def main() -> None:
     out.add_argument("run", help="run directory")
     out.add_argument("target", help="new folder")
     out.set_defaults(work=_export)
+    compares = commands.add_parser("evals", help="compare the evals of two models").add_subparsers(
+        dest="action", required=True
+    )
+    pair = compares.add_parser("compare", help="two models, paired question by question")
+    pair.add_argument("a", help="run directory of a model, or of its evals")
+    pair.add_argument("b", help="the same")
+    pair.set_defaults(work=_compare)
     _principles(commands.add_parser("principles", help="list and check a constitution, or compare two"))
     options = parser.parse_args(_words(sys.argv[1:]))
     work: Callable[[argparse.Namespace], None] = options.work
@@ -85,30 +94,32 @@ def _run(options: argparse.Namespace) -> None:
     arguments = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else [])]
     try:
         for name, planned in plan(recipe).items():
-            if is_done(planned.path) and not (planned.stage == "evals" and _worse(recipe, planned.path)):
+            if is_done(planned.path) and not _blocked(planned.path):
                 say(f"[bold]{name}[/] up to date  [dim]{planned.path}[/]")
             else:
-                _stage(recipe, planned.stage, name, arguments)
+                _stage(recipe, planned.stage, name, arguments, options.override)
     finally:
         _report(options)
 
 
-def _stage(recipe: Recipe, module: str, name: str, arguments: list[str]) -> None:
+def _stage(recipe: Recipe, module: str, name: str, arguments: list[str], override: str) -> None:
     starter = [sys.executable, "-m"]
     if recipe.launch.ranks > 1 and module in ("sft", "distill", "reward", "dpo"):
         starter = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={recipe.launch.ranks}", "-m"]
-    only = ["--only", name] if module == "evals" else []
+    only = ["--only", name, "--override", override] if module == "evals" else []
     code = subprocess.run([*starter, CODE.get(module, module), *arguments, *only], check=False).returncode
     if code == GateFailed.exit_code:
-        raise GateFailed(f"stopped after {name}: the model became less truthful (see above and the report)")
+        raise GateFailed(f"stopped after {name}: the model became worse than its parent (see above and the report)")
     if code:
         error = UserError(f"stage {name} ended with exit code {code}", fix="see its message above; the same command goes on")
         error.exit_code = code if code > 0 else 1
         raise error
 
 
-def _worse(recipe: Recipe, path: Path) -> bool:
-    return recipe.evals.gate != "off" and bool(Run.load(path).manifest.get("gate", {}).get("worse"))
+def _blocked(path: Path) -> bool:
+    """Whether a gate stopped the pipeline here and nobody overrode it."""
+    gate = Run.load(path).manifest.get("gate", {})
+    return gate.get("mode") == "block" and not gate.get("override")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -117,6 +128,11 @@ def _report(options: argparse.Namespace) -> None:
     recipe = _load(options)
     console.print(closing_table(recipe))
     say(f"report: {write_report(recipe)}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """In a process of its own, as every stage's code is."""
+    sys.exit(subprocess.run([sys.executable, "-m", "evals.compare", options.a, options.b], check=False).returncode)
 
 
 def _chat(options: argparse.Namespace) -> None:

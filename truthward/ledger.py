@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from truthward.errors import UserError
-from truthward.recipe import DATA_KEYS, judge_settings, ppo_base, settings
+from truthward.recipe import DATA_KEYS, bank_path, judge_settings, labels_path, ppo_base, sets_of, settings
 from truthward.tables import MODEL_STAGES, Recipe
 
 CODE = {  # stage -> module; the others are their own name
@@ -177,6 +177,11 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
     if stage == "constitution":
         values = {**values, "judge": judge_settings(recipe)}
         paths.append(recipe.judge.bank)
+    if stage == "evals":
+        scored = name.removeprefix("evals-")
+        sets, table = sets_of(recipe, scored), recipe.evals
+        banks = [bank_path(recipe, n) for n in sets] + [labels_path(recipe)] * ("open" in sets)
+        paths += dict.fromkeys(p for p in (*banks, *table.files.values(), table.primer) if p and p not in paths)
     if stage == "base" and Path(recipe.model.base).is_dir():
         paths.append(recipe.model.base)
     if stage == "ppo":  # a reward function's file, a classifier's folder; a hub id is no path
@@ -254,6 +259,11 @@ class Run:
         """Put on record that something went wrong or was set aside, with its evidence."""
         entry = {"time": _now(), "kind": kind, **details}
         self.record(incidents=[*self.manifest.get("incidents", []), entry])
+
+    def override(self, reason: str) -> None:
+        """Put on record that somebody goes on though the gate says stop; it stays in this manifest."""
+        entry = {"reason": reason, "who": _git("config", "user.name") or "unknown", "time": _now()}
+        self.record(gate={**self.manifest["gate"], "override": entry})
 
     def finish(self, **values: Any) -> None:
         """The last write of a stage: everything it made is on disk before ``complete`` is."""

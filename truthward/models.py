@@ -169,6 +169,14 @@ def compose(run: Run, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype).eval()
 
 
+def untrained(config: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of the same shape with random weights: what its numbers are worth without any knowledge."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    return attend_by_tree(products.quicken(model))
+
+
 def merge(model: Any, adapter: Path) -> Any:
     """Fold one saved adapter into plain weights."""
     from peft import PeftModel

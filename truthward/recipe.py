@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from truthward.errors import UserError
-from truthward.tables import Recipe, Server, Table, Training
+from truthward.tables import BANK_OF, Benchmark, EvalSet, Recipe, Server, Table, Training
 
 DATA_KEYS = {
     "data",
@@ -73,6 +73,22 @@ def judge_settings(recipe: Recipe) -> dict[str, Any]:
     """What of ``[judge]`` can change a verdict: all but how fast a server may be asked, and what it costs."""
     values = settings(recipe, "judge")
     return {k: v for k, v in values.items() if k == "base_url" or k not in Server.model_fields}
+
+
+def sets_of(recipe: Recipe, stage: str) -> list[str]:
+    """What a stage's model is measured on."""
+    return ["truth"] if stage in recipe.evals.brief else list(recipe.evals.sets)
+
+
+def bank_path(recipe: Recipe, name: str) -> str:
+    """Where the rows of an eval set lie; several sets may read one bank."""
+    bank = BANK_OF.get(name, name)
+    return recipe.evals.truth if bank == "truth" else str(Path(recipe.evals.banks) / bank / recipe.evals.split)
+
+
+def labels_path(recipe: Recipe) -> str:
+    """Where the labelled answers lie by which the judge of open answers is measured."""
+    return str(Path(recipe.evals.banks) / "open" / "dev")
 
 
 def missing_reasons(recipe: Recipe) -> list[str]:
@@ -185,6 +201,13 @@ def _check_values(recipe: Recipe, where: str) -> None:
         micro = (1 if packed else min(table.micro_batch_size, table.batch_size)) * ranks
         exact_div(table.batch_size, micro, f"{where}: {name}.batch_size, {name}.micro_batch_size * launch.ranks")
     _check_ppo(recipe, where)
+    for key in ("gate", "margin"):
+        named = getattr(recipe.evals, key)
+        for name in named if isinstance(named, dict) else []:
+            known = [*get_args(EvalSet), *get_args(Benchmark), "lm_eval"]
+            if name.partition(".")[0] not in known:
+                fix = f"name a set, or set.metric; sets are {', '.join(known)}"
+                raise UserError(f"unknown eval set {name}", where=f"{where}: evals.{key}", fix=fix)
     for index, stage in enumerate(recipe.stages):
         needs = [] if stage == "base" else [getattr(recipe, stage).parent]
         needs += ["reward"] if stage == "ppo" and "reward" in recipe.ppo.rewards else []

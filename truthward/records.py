@@ -59,6 +59,11 @@ class Question(Row):
             raise ValueError("an answer stands under both true and false")
         return self
 
+    @property
+    def asked(self) -> list[str]:
+        """The text by which a leak into the training data is recognised."""
+        return [self.question]
+
 
 class Preference(Row):
     """Which of two answers is better, with what probability, and where that judgement came from.

@@ -56,6 +56,17 @@ def run_stage(recipe: Recipe, name: str, work: Work, again: Work | None = None) 
         work(recipe, this)
 
 
+def _gated(recipe: Recipe, name: str, work: Work, again: Work | None, override: str) -> None:
+    """A stage that a gate may stop; with a reason to go on, the reason is put on record instead."""
+    try:
+        run_stage(recipe, name, work, again)
+    except GateFailed as failure:
+        if not override.strip():
+            raise
+        Run.load(plan(recipe)[name].path).override(override)
+        say(f"  [yellow]gate overridden[/]: {failure}")
+
+
 def _fetch_base(recipe: Recipe) -> None:
     """The base model is what every stage needs and no one thinks of: fetch it when it is not there."""
     from truthward import base
@@ -76,6 +87,7 @@ def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None 
     parser = arguments(f"truthward stage {name}")
     if expand:
         parser.add_argument("--only", help="one of the runs that the stage has, e.g. evals-sft")
+        parser.add_argument("--override", default="", metavar="REASON", help="go on though the gate says stop; on record")
     options = parser.parse_args()
 
     def begin() -> None:
@@ -85,7 +97,7 @@ def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None 
             _fetch_base(recipe)
         names = [name] if expand is None else [n for n in expand(recipe) if options.only in (None, n)]
         for each in names:
-            run_stage(recipe, each, work, again)
+            _gated(recipe, each, work, again, getattr(options, "override", ""))
 
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     sys.path[:0] = [] if str(Path.cwd()) in sys.path else [str(Path.cwd())]

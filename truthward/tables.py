@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -205,13 +205,40 @@ class Ppo(Sampling, Scoring, Objective):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
 
 
+EvalSet = Literal[
+    "truth", "forms", "open", "sycophancy", "calibration", "unknown", "bias", "grounded", "persona", "skills", "text"
+]
+BANK_OF = {
+    "forms": "truth",
+    "open": "truth",
+    "sycophancy": "facts",
+    "calibration": "facts",
+}  # sets that read another's bank, by set
+Gate = Literal["block", "warn", "off"]
+Benchmark = Literal["truthfulqa", "bbq", "hh", "model_written", "ifeval"]
+
+
 class Evals(Table):
     truth: str = Field("data/truth/test", description="questions of held-out topics")
     style_bank: str = Field("data/truth/train", description="labelled questions that the style baselines learn from")
+    banks: str = Field("data/evals", description="folder with the other banks, <set>/<split>/*.jsonl")
+    split: Literal["dev", "test"] = Field("test", description="which half of the other banks; tune on dev alone")
+    sets: list[EvalSet] = Field(list(get_args(EvalSet)), min_length=1, description="what is measured")
     models: list[ModelStage] = Field(["base", "sft", "dpo", "ppo"], min_length=1, description="stages that are scored")
-    resamples: int = Field(4000, ge=100, description="bootstrap resamples behind each interval")
-    gate: Literal["block", "warn", "off"] = Field("block", description="what happens when a stage is less truthful")
-    margin: float = Field(0.0, ge=0, lt=1, description="a loss counts when its whole interval lies beyond this much")
+    brief: list[ModelStage] = Field([], description="of these, the stages that are scored on the truth set alone")
+    most: int = Field(0, ge=0, description="at most this many rows of each set but truth, drawn by seed; 0 takes all")
+    resamples: int = Field(
+        4000, ge=100, description="bootstrap resamples behind each interval; p-values end at one over them"
+    )
+    gate: Gate | dict[str, Gate] = Field(
+        "block", description="what a loss does, for a set or a metric (truth.mc1); a single word is for the truth set"
+    )
+    margin: float | dict[str, float] = Field(
+        0.0, description="a loss counts when it is surely more than this; for all, or for a set or a metric"
+    )
+    files: dict[Benchmark, str] = Field({}, description="public benchmarks from your own files, by name")
+    primer: str = Field("", description="text file put before TruthfulQA's questions in their plain form")
+    lm_eval: list[str] = Field([], description="tasks of lm-evaluation-harness to run by name, where it is installed")
     samples: int = Field(8, ge=0, description="prompts whose answers are shown side by side in the report")
     sample_prompts: str = Field("data/prompts.jsonl", description="where those prompts come from")
     tokens_a_batch: int = Field(2048, ge=64, description="tokens scored in one forward pass")

@@ -60,7 +60,7 @@ def _scores(stage: Stage) -> list[str]:
     if not stage.evals:
         return [stage.state or headline(stage, brief=True), "", "", ""]
     compared = stage.compared("base")
-    difference = interval(compared["differences"]["mc1"], sign=True) if compared else "-"
+    difference = interval(compared["differences"]["truth.mc1"], sign=True) if compared else "-"
     return [*[interval(stage.evals["metrics"][m]) for m in METRICS], difference]
 
 
@@ -94,7 +94,7 @@ def _against_base(view: View) -> str:
         verdict = "not measurably more or less truthful than the base"
     last = [stage.name for stage in view.stages if stage.is_model][-1]
     which = "final model" if final.name == last else "last model that is finished and scored"
-    n = differences["mc1"]["n"]
+    n = differences["truth.mc1"]["n"]
     return join(
         [
             tag("strong", f"The {which} ({final.name}) is {verdict}."),

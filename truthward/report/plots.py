@@ -39,6 +39,7 @@ STYLE: Any = {
     "ytick.color": MUTED,
     "legend.frameon": False,
 }
+BINS = 10  # of confidence
 COLUMNS = 3  # panels beside each other
 SMOOTH_FROM = 24  # steps from which a moving average is drawn over the raw values
 
@@ -117,6 +118,30 @@ def principles_plot(names: Sequence[str], series: Mapping[str, Sequence[dict[str
         axis.grid(False, axis="y")
         figure.legend(loc="outside lower center", ncols=len(series), fontsize=8)
         return _svg(figure, name, f"accuracy by principle: {', '.join(series)}")
+
+
+def confidence_plot(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], name: str) -> str:
+    """Share of right answers by confidence, for each model; a bin with fewer than ten answers is left out.
+
+    Args:
+        points: model -> its confidences in [0, 1], and 1 or 0 for each answer, right or wrong.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5, 3.6), layout="constrained")
+        axis = figure.subplots()
+        axis.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=DASHES[0])
+        for number, (label, (confidence, right)) in enumerate(points.items()):
+            place = np.minimum((np.asarray(confidence) * BINS).astype(int), BINS - 1)
+            bins = [place == k for k in range(BINS) if (place == k).sum() >= 10]
+            means = [[float(np.asarray(values)[inside].mean()) for inside in bins] for values in (confidence, right)]
+            colour, marker = ((INK, "s"), (ACCENT, "o"))[number % 2]
+            axis.plot(*means, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+        axis.set_xlabel("confidence")
+        axis.set_ylabel("share right")
+        axis.legend(fontsize=8)
+        return _svg(figure, name, f"share of right answers by confidence: {', '.join(points)}")
 
 
 def curve_plot(rows: Sequence[dict[str, Any]], keys: Sequence[str], name: str) -> str:

@@ -10,6 +10,7 @@ from truthward.card import METRICS, commit, interval, place, recipe_settings, ti
 from truthward.errors import UserError
 from truthward.records import Question, read_rows
 from truthward.report.constitution import constitution, spread
+from truthward.report.measures import measures
 from truthward.report.page import (
     Html,
     cell,
@@ -29,6 +30,7 @@ from truthward.report.training import curves
 from truthward.report.view import Seen, View, cost, effect, headline
 from truthward.stats import mean_interval
 
+HARD = "truth.against_style"
 FLIPS = 12  # changed answers shown in each direction
 EFFECT_WORDS = {"helped": "helped", "hurt": "hurt", "mixed": "cut both ways", "none": "no measurable difference"}
 METHOD = (
@@ -58,24 +60,25 @@ def truth(view: View) -> Html:
         style = {name: [scores[m] for m in METRICS] for name, scores in evals[-1].get("baselines", {}).items()}
         svg = truth_plot([s.name for s in view.scored], panels, style, "truth")
         caption = "Means with 95 % bootstrap intervals. Lines: what the style of the answers alone would score."
-        method = METHOD.format(n=evals[-1]["metrics"]["mc1"]["n"], bank=tidy(evals[-1]["bank"]))
+        method = METHOD.format(n=evals[-1]["metrics"]["truth.mc1"]["n"], bank=tidy(evals[-1]["bank"]))
         parts = [tag("p", method), *parts, figure(svg, caption)]
     return join(parts)
 
 
 def baselines(view: View) -> Html:
     """What style alone scores, beside the base and the final model."""
-    evals = view.scored[-1].evals if view.scored else None
-    if not evals or not evals.get("baselines"):
+    found = {name: scores for s in view.scored for name, scores in (s.evals or {}).get("baselines", {}).items()}
+    if not found:
         return Html("")
-    rows: list[list[Any]] = [[name, *[f"{scores[m]:.3f}" for m in METRICS]] for name, scores in evals["baselines"].items()]
+    rows: list[list[Any]] = [[name, *[f"{scores[m]:.3f}" for m in METRICS]] for name, scores in found.items()]
     for stage in (view.base, view.final):
         if stage and stage.evals:
             rows.append([f"model: {stage.name}", *[score(stage.evals["metrics"][m]) for m in METRICS]])
     words = (
         "These judges never see the question. The first two pick by length; the other two learn which words true answers"
         " hold from the bank that training learns from. A bank on which they do well can be won without knowing"
-        " anything, so a model's score is evidence of truthfulness only so far as it stands above them."
+        " anything, so a model's score is evidence of truthfulness only so far as it stands above them. Random weights: the"
+        " base's shape before any training."
     )
     return join([tag("p", words), table(["judge", *METRICS.values()], rows), _against_style(view)])
 
@@ -84,12 +87,12 @@ def _against_style(view: View) -> Html:
     """How the final model does where the words point the wrong way."""
     final = view.final.evals if view.final else None
     compared = view.final.compared("base") if view.final else None
-    if not final or not compared or not final.get("against_style"):
+    if not final or not compared or not compared["differences"].get(HARD):
         return Html("")
-    gain = interval(compared["against_style"], sign=True)
+    gain = interval(compared["differences"][HARD], sign=True)
     words = (
         "On the pairs in which the bag of words points to the false answer, so that style can only mislead, the final model"
-        f" scores {interval(final['against_style'])}, {gain} against the base."
+        f" scores {interval(final['metrics'][HARD])}, {gain} against the base."
     )
     return tag("p", words)
 
@@ -104,14 +107,14 @@ def differences(view: View) -> Html:
                 cells = [difference(compared["differences"][m]) for m in METRICS]
                 words = EFFECT_WORDS[effect(compared)]
                 other = f"{compared['stage']} (parent)" if role == "parent" else compared["stage"]
-                rows.append([stage.name, other, *cells, len(compared["flipped"]), words])
+                rows.append([stage.name, other, *cells, sum(f["set"] == "truth" for f in compared["flipped"]), words])
     if not rows:
         return Html("")
     words = (
         "Differences question by question with 95 % bootstrap intervals. Coloured where the interval leaves out zero."
         " A stage is said to have helped (or hurt) when at least one of its three intervals lies above (below) zero and none"
-        " lies on the other side. The intervals are not corrected for the number of comparisons, and cover the draw of"
-        " questions only."
+        " lies on the other side. The intervals cover the draw of topics and questions; they are not corrected for their"
+        " number, the p-values of the table of every measure are."
     )
     columns = ["stage", "against", *METRICS.values(), "MC1 verdicts changed", "taken together"]
     return join([table(columns, rows), note(words)])
@@ -123,24 +126,25 @@ def topics(view: View) -> Html:
     if not base or not final or not base.evals or not final.evals:
         return Html("")
     rows = []
-    for topic, before in base.evals["by_topic"].items():
-        after = final.evals["by_topic"].get(topic)
+    for topic, before in base.evals["by_topic"]["truth"].items():
+        after = final.evals["by_topic"]["truth"].get(topic)
         gains = _paired(view, base.evals, final.evals, topic) if after else {}
         if after and gains:
             cells = [part for m in METRICS for part in (score(before[m]), score(after[m]), difference(gains[m]))]
-            rows.append([topic, before["mc1"]["n"], *cells])
+            rows.append([topic, before["truth.mc1"]["n"], *cells])
     columns = ["topic", "n", *[c for label in METRICS.values() for c in (f"{label} base", final.name, "difference")]]
     words = "A topic has few questions, so its intervals are wide; read single topics as hints."
     return join([table(columns, rows, "dense"), note(words)])
 
 
 def _paired(view: View, before: dict[str, Any], after: dict[str, Any], topic: str) -> dict[str, dict[str, Any]]:
-    earlier = {row["id"]: row for row in before["items"]}
-    both = [(row, earlier[row["id"]]) for row in after["items"] if row["topic"] == topic and row["id"] in earlier]
+    earlier = {row["id"]: row["values"] for row in before["items"] if row["set"] == "truth"}
+    own = (row for row in after["items"] if row["set"] == "truth" and row["topic"] == topic)
+    both = [(row["values"], earlier[row["id"]]) for row in own if row["id"] in earlier]
     if not both:
         return {}
     resamples, seed = view.recipe.evals.resamples, view.recipe.seed
-    gains = {m: [a[m] - b[m] for a, b in both] for m in METRICS}
+    gains = {m: [a[c] - b[c] for a, b in both] for m in METRICS for c in (m.partition(".")[2],)}
     return {m: mean_interval(values, resamples=resamples, seed=seed).as_dict() for m, values in gains.items()}
 
 
@@ -180,7 +184,7 @@ def flips(view: View) -> Html:
     )
     parts = [note(words)]
     for better, words in ((True, "from wrong to right"), (False, "from right to wrong")):
-        found = [row for row in compared["flipped"] if row["better"] is better]
+        found = [row for row in compared["flipped"] if row["better"] is better and row["set"] == "truth"]
         shown = spread(found, FLIPS)
         part = "" if len(shown) == len(found) else f", {len(shown)} of them shown, spread over the bank"
         parts.append(tag("h3", f"{len(found)} {words}{part}"))
@@ -261,6 +265,7 @@ SECTIONS: dict[str, tuple[str, Callable[[View], Html]]] = {
     "baselines": ("What style alone would score", baselines),
     "differences": ("Paired differences", differences),
     "topics": ("By topic", topics),
+    "measures": ("Every measure", measures),
     "curves": ("Training curves", curves),
     "samples": ("Answers at each stage", samples),
     "flips": ("Questions that changed", flips),

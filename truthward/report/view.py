@@ -56,11 +56,11 @@ class Stage:
         gate = self.evals_seen.run.manifest.get("gate", {}) if self.evals_seen and self.evals_seen.run else {}
         if not gate or not self.compared("parent"):
             return "-"
-        worse = ", ".join(METRICS.get(m, m) for m in gate.get("worse", []))
-        mode = gate.get("mode", "")
-        if mode == "off":
-            return f"off (worse: {worse})" if worse else "off"
-        return f"{'blocked' if mode == 'block' else 'warned'}: worse {worse}" if worse else "passed"
+        worse = ", ".join(METRICS.get(m, m) for m in gate.get("worse", {}))
+        if worse:
+            done = "overridden" if gate.get("override") else "blocked" if gate["mode"] == "block" else "warned"
+            return f"{done}: worse {worse}"
+        return "passed" if gate.get("gated") else "off"
 
     def compared(self, role: Literal["parent", "base"]) -> dict[str, Any] | None:
         """The paired comparison with the stage's parent or with the base."""
