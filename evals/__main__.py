@@ -23,7 +23,7 @@ from truthward.stage import main
 from truthward.stats import Interval
 from truthward.tables import Recipe
 
-UNTRAINED = 64  # questions of a set that a model of random weights is asked
+UNTRAINED = 32  # questions of a set that a model of random weights is asked
 COMPARED = {"parent": "against_parent", "base": "against_base"}
 
 
@@ -83,7 +83,7 @@ def run(recipe: Recipe, this: Run) -> None:
             result[key] = comparison.compare(scored, other, by_name, table, recipe.seed)
     write_json(this.path / "evals.json", result)
     _report(result)
-    gate = comparison.verdict(table, result.get("against_parent"))
+    gate = comparison.verdict(table, result.get("against_parent"), result.get("against_base"))
     this.finish(metrics={n: i for n, i in result["metrics"].items() if i}, gate=gate)
     enforce(recipe, this)
 
@@ -107,7 +107,8 @@ def _flipped(this: Run, most: int = 5) -> str:
     """Items of the blocked sets whose verdict turned for the worse, as lines."""
     result = json.loads((this.path / "evals.json").read_text(encoding="utf-8"))
     sets = {name.partition(".")[0] for name in this.manifest["gate"]["worse"]}
-    worse = [f for f in result["against_parent"]["flipped"] if f["set"] in sets and not f["better"]]
+    flipped = result["against_parent"]["flipped"] or result["against_base"]["flipped"]
+    worse = [f for f in flipped if f["set"] in sets and not f["better"]]
     lines = [f"  {f['set']}/{f['id']}: {f['before']!r} became {f['after']!r}\n" for f in worse[:most]]
     more = [f"  and {len(worse) - most} more\n"] if len(worse) > most else []
     return "".join(["  turned for the worse:\n", *lines, *more]) if worse else ""

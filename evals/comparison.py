@@ -93,21 +93,27 @@ def require_known(table: Evals, by_name: Mapping[str, Exam], where: str) -> None
                 raise UserError(f"there is no metric {name}", where=f"{where}: evals.{key}", fix=fix)
 
 
-def verdict(table: Evals, compared: dict[str, Any] | None) -> dict[str, Any]:
+def verdict(table: Evals, compared: dict[str, Any] | None, base: dict[str, Any] | None = None) -> dict[str, Any]:
     """Which gated metrics got worse, corrected for their number (Holm), and the strictest thing that is to be done.
+
+    Args:
+        compared: with the parent.
+        base: with the base, for sets on which the parent was not measured (``evals.brief``).
 
     Returns:
         ``worse``: metric -> ``block`` or ``warn``; ``mode``: the strictest of them, ``off`` where nothing got worse;
         ``text``: in words.
     """
-    differences = compared["differences"] if compared else {}
+    found = [(other["stage"], name, d) for other in (base, compared) if other for name, d in other["differences"].items()]
+    differences = {name: d for _, name, d in found}  # the parent's, which come last, count where both are there
+    against = {name: stage for stage, name, _ in found}
     gates = {name: gate_of(table, name) for name in differences}
     losses = {name: d["loss"] for name, d in differences.items() if gates[name] != "off" and d["loss"] is not None}
     worse = {name: gates[name] for name, p in holm(losses).items() if p <= ALPHA}
     mode = "block" if "block" in worse.values() else "warn" if worse else "off"
-    if not compared:
+    if not differences:
         return {"mode": "off", "gated": [], "worse": {}, "text": "nothing to compare with"}
-    words = [f"{name} {signed(differences[name])} against {compared['stage']}" for name in worse]
+    words = [f"{name} {signed(differences[name])} against {against[name]}" for name in worse]
     return {"mode": mode, "gated": list(losses), "worse": worse, "text": ", ".join(words) or "not worse than its parent"}
 
 

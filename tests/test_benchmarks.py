@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +135,29 @@ def test_what_needs_the_harness_says_so_before_a_model_is_loaded(monkeypatch):
         with pytest.raises(UserError, match=r"not installed(.|\n)*pip install"):
             harness.require(table)
     harness.require(Evals(files={"bbq": "x"}))
+
+
+def test_ifeval_answers_are_generated_and_checked_by_the_harness(tiny, tmp_path, monkeypatch):
+    """With a stand-in for the harness's check: an answer follows what it is told when the instruction's name is in it."""
+
+    def process_results(doc, answers):
+        followed = [name in answers[0] for name in doc["instruction_id_list"]]
+        everything = {"prompt_level_strict_acc": all(followed), "prompt_level_loose_acc": any(followed)}
+        return {**everything, "inst_level_strict_acc": followed}
+
+    utils = SimpleNamespace(process_results=process_results)
+    for name in ("lm_eval", "lm_eval.tasks", "lm_eval.tasks.ifeval"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval.utils", utils)
+    row = {"key": 7, "prompt": "Say it.", "instruction_id_list": ["loud", "short"], "kwargs": [{}, {"words": 3}]}
+    (tmp_path / "input_data.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
+    monkeypatch.setattr(harness.chat, "decode", lambda tokenizer, ids: "loud and clear")
+    scored = harness.follow_instructions(*tiny, str(tmp_path / "input_data.jsonl"), 1, max_new_tokens=4)
+    assert [s.values for s in scored] == [{"prompt": 0.0, "loose": 1.0, "instructions": 0.5}]
+    row.pop("kwargs")
+    (tmp_path / "input_data.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=r"input_data\.jsonl:1"):
+        harness.follow_instructions(*tiny, str(tmp_path / "input_data.jsonl"), 0)
 
 
 # ----------------------------------------------------------------------------------- lm-evaluation-harness, side by side

@@ -193,6 +193,13 @@ def test_what_is_gated_is_worse_when_its_corrected_p_is_small(gate, p, worse):
     assert found["mode"] == (next(iter(worse.values())) if worse else "off")
 
 
+def test_a_set_on_which_the_parent_was_not_measured_is_held_against_the_base():
+    base = {**losses(truth_mc1=0.001, skills_accuracy=0.001), "stage": "base"}
+    found = comparison.verdict(Evals(gate={"truth": "block", "skills": "warn"}), losses(truth_mc1=0.4), base)
+    assert found["worse"] == {"skills.accuracy": "warn"}
+    assert "against base" in found["text"]
+
+
 def test_nothing_to_compare_with_is_not_worse():
     assert comparison.verdict(Evals(), None)["mode"] == "off"
 
