@@ -66,7 +66,7 @@ def _set(view: View, name: str, title: str) -> Html:
         if compared:
             cells += [difference(gain), f"{gain['p_corrected']:.3f}", f"{gain['detectable']:.3f}"] if gain else ["-"] * 3
         n = max((i["n"] for i in found if i), default=0)
-        rows.append([f"{words['label']} {ARROWS[words['better']]}", n, *cells, _chance(stages, key)])
+        rows.append([f"{words['label']} {ARROWS[words['better']]}", n, *cells, _chance(stages, key, words["better"])])
     against = [f"{final.name} - base", "p", "detectable"] if final and compared else []
     columns = ["metric", "n", *[s.name for s in stages], *against, "without knowledge"]
     parts = [tag("h3", title), table(columns, rows, "dense")]
@@ -74,11 +74,12 @@ def _set(view: View, name: str, title: str) -> Html:
     return join([*parts, *_flips(view, name)])
 
 
-def _chance(stages: list[Stage], key: str) -> str:
+def _chance(stages: list[Stage], key: str, better: str) -> str:
     """The best of what judges by style score, and random weights."""
     baselines = {name: scores[key] for s in stages for name, scores in (s.evals or {})["baselines"].items() if key in scores}
     noise = baselines.pop("random weights", None)
-    words = [f"style {max(baselines.values()):.2f}"] if baselines else []
+    best = min if better == "lower" else max
+    words = [f"style {best(baselines.values()):.2f}"] if baselines else []
     return ", ".join(words + ([f"random weights {noise:.2f}"] if noise is not None else [])) or "-"
 
 
