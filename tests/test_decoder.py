@@ -132,14 +132,14 @@ def test_a_product_of_integers_does_not_mix_rows():
 
 
 def test_a_product_of_integers_by_hand(monkeypatch):
-    """W = [[63, -32], [1, 0.5]] has scales 1 and 1/63; x = [2, -1] has 2/127: steps [127, -64] (63.5 rounds to even).
+    """W = [[63, -32], [1, 0.25]] has scales 1 and 1/63; x = [2, -1] has 2/127: steps [127, -64] (63.5 rounds to even).
 
     63 steps are what any processor can add up; 127 need VNNI.
     """
     monkeypatch.setattr(products, "STEPS", 63)
-    got = products.int8(torch.tensor([[63.0, -32.0], [1.0, 0.5]]))(torch.tensor([[2.0, -1.0]]))
+    got = products.int8(torch.tensor([[63.0, -32.0], [1.0, 0.25]]))(torch.tensor([[2.0, -1.0]]))
     first = (127 * 63 + 64 * 32) * 2 / 127
-    second = (127 * 63 - 64 * 32) / 63 * 2 / 127  # 31.5 rounds to even, 32
+    second = (127 * 63 - 64 * 16) / 63 * 2 / 127  # 15.75 rounds to 16
     torch.testing.assert_close(got, torch.tensor([[first, second]]))
 
 
