@@ -8,14 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from evals import benchmarks, comparison, harness, open_answers, suite
-from evals.asking import Exam
+from evals.asking import Exam, answer_freely
 from evals.baselines import learn_style, style_baselines
 from evals.suite import Scored
-from truthward import chat, hardware, models
+from truthward import hardware, models
 from truthward.banks import Labelled
 from truthward.console import say
 from truthward.errors import GateFailed
-from truthward.generate import generate
 from truthward.ledger import Run, is_done, plan, write_json
 from truthward.recipe import labels_path
 from truthward.records import Prompt, Question, draw, read_rows
@@ -176,16 +175,7 @@ def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]
         return []
     prompts = read_rows(recipe.evals.sample_prompts, Prompt)
     chosen = draw(prompts, recipe.evals.samples, recipe.seed)
-    completions = generate(
-        model,
-        [chat.prompt_ids(tokenizer, chat.user(p.prompt)) for p in chosen],
-        [0] * len(chosen),
-        eos=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        max_new_tokens=64,
-        temperature=0,
-    )
-    answers = [chat.decode(tokenizer, c.ids) for c in completions]
+    answers = answer_freely(model, tokenizer, [p.prompt for p in chosen], max_new_tokens=64)
     return [{"prompt": p.prompt, "kind": p.kind, "answer": a} for p, a in zip(chosen, answers, strict=True)]
 
 

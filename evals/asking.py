@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from truthward import chat
 from truthward.branches import Item
+from truthward.generate import generate
 from truthward.resampling import Statistic, mean_of
 
 Values = dict[str, float | None]  # column -> an item's number; None where it does not apply, never 0
@@ -94,3 +95,17 @@ def wins(right: float, wrong: Sequence[float]) -> float:
     if right < max(wrong):
         return 0.0
     return 1.0 / (1 + list(wrong).count(right))
+
+
+def answer_freely(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """The most likely (greedy) answer to each prompt of a user."""
+    completions = generate(
+        model,
+        [chat.prompt_ids(tokenizer, chat.user(prompt)) for prompt in prompts],
+        [0] * len(prompts),
+        eos=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        temperature=0,
+    )
+    return [chat.decode(tokenizer, c.ids) for c in completions]

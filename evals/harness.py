@@ -6,13 +6,11 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from evals.asking import Exam, Metric, metric
+from evals.asking import Exam, Metric, answer_freely, metric
 from evals.benchmarks import objects
 from evals.suite import Scored
-from truthward import chat
 from truthward.banks import Bankrow
 from truthward.errors import UserError
-from truthward.generate import generate
 from truthward.records import validated
 from truthward.tables import Evals
 
@@ -115,18 +113,9 @@ def follow_instructions(model: Any, tokenizer: Any, path: str, most: int, max_ne
         kept |= {key: value.get(key) for key in ("prompt", "instruction_id_list")}
         rows.append(validated(kept, Instruction, where))
     rows = rows[:most] if most else rows
-    completions = generate(
-        model,
-        [chat.prompt_ids(tokenizer, chat.user(row.prompt)) for row in rows],
-        [0] * len(rows),
-        eos=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        max_new_tokens=max_new_tokens,
-        temperature=0,
-    )
+    answers = answer_freely(model, tokenizer, [row.prompt for row in rows], max_new_tokens)
     scored = []
-    for row, completion in zip(rows, completions, strict=True):
-        answer = chat.decode(tokenizer, completion.ids)
+    for row, answer in zip(rows, answers, strict=True):
         given = {"key": 0, "prompt": row.prompt, "instruction_id_list": row.instruction_id_list, "kwargs": row.given}
         found = process_results(given, [answer])
         strict = found["inst_level_strict_acc"]

@@ -15,12 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evals.asking import Asked
+from evals.asking import Asked, answer_freely
 from evals.suite import Scored
 from evals.truth import denies
-from truthward import chat
 from truthward.banks import Labelled
-from truthward.generate import generate
 from truthward.records import Question
 from truthward.resampling import Array, area_under, draw_weights, interval_of
 from truthward.score import answer_sums
@@ -111,16 +109,7 @@ def score_open(
         judge: the judging model, with its tokenizer.
         record: what :func:`measure_judge` found of the judge.
     """
-    completions = generate(
-        model,
-        [chat.prompt_ids(tokenizer, chat.user(q.question)) for q in questions],
-        [0] * len(questions),
-        eos=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        max_new_tokens=MAX_NEW_TOKENS,
-        temperature=0,
-    )
-    answers = [chat.decode(tokenizer, c.ids) for c in completions]
+    answers = answer_freely(model, tokenizer, [q.question for q in questions], MAX_NEW_TOKENS)
     found = margins(judge, judge_tokenizer, answers, questions)
     scored = []
     for n, (q, answer) in enumerate(zip(questions, answers, strict=True)):

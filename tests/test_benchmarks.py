@@ -151,7 +151,7 @@ def test_ifeval_answers_are_generated_and_checked_by_the_harness(tiny, tmp_path,
     monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval.utils", utils)
     row = {"key": 7, "prompt": "Say it.", "instruction_id_list": ["loud", "short"], "kwargs": [{}, {"words": 3}]}
     (tmp_path / "input_data.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
-    monkeypatch.setattr(harness.chat, "decode", lambda tokenizer, ids: "loud and clear")
+    monkeypatch.setattr(harness, "answer_freely", lambda model, tokenizer, prompts, n: ["loud and clear"] * len(prompts))
     scored = harness.follow_instructions(*tiny, str(tmp_path / "input_data.jsonl"), 1, max_new_tokens=4)
     assert [s.values for s in scored] == [{"prompt": 0.0, "loose": 1.0, "instructions": 0.5}]
     row.pop("kwargs")

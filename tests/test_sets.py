@@ -1,7 +1,6 @@
 """What each set of the evals asks and how it grades, by hand: every number from log-probabilities that were made up."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,9 +230,7 @@ def test_a_judge_at_chance_gives_no_score(sharp, monkeypatch):
     record = open_answers.measure_judge(model, tokenizer, rows, 200, 0)
     assert (record["true"]["qualified"], record["informative"]["qualified"]) == (True, False)
     question = Question(id="q", topic="t", kind="k", question="Is it?", true=["Yes."], false=["No."])
-    monkeypatch.setattr(open_answers, "generate", lambda *_, **__: [SimpleNamespace(ids=[]), SimpleNamespace(ids=[])])
-    said = iter(["No, it is not.", "I don't know."])
-    monkeypatch.setattr(open_answers.chat, "decode", lambda *_: next(said))
+    monkeypatch.setattr(open_answers, "answer_freely", lambda *_: ["No, it is not.", "I don't know."])
     plain, abstains = open_answers.score_open(model, tokenizer, [question] * 2, model, tokenizer, record)
     assert 0 < plain.values["true"] < 1
     assert plain.values["informative"] is None
