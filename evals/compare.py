@@ -11,6 +11,7 @@ from rich.table import Table
 
 from evals import benchmarks, comparison, harness, suite
 from evals.suite import Scored
+from truthward.card import newest_evals
 from truthward.console import console, say
 from truthward.errors import UserError
 from truthward.ledger import Run
@@ -28,16 +29,12 @@ def evals_of(path: str) -> dict[str, Any]:
         UserError: it is no run directory, or its model was not scored.
     """
     run = Run.load(path)
-    if run.stage == "evals":
-        found = [run]
-    else:
-        others = (Run.load(p.parent) for p in run.path.parent.glob("evals-*/manifest.json"))
-        found = [other for other in others if other.manifest.get("parents", {}).get("model") == run.path.name]
-    done = [r for r in found if r.done]
-    if not done:
+    if run.stage == "evals" and run.done:
+        return json.loads((run.path / "evals.json").read_text(encoding="utf-8"))
+    found = newest_evals(run)
+    if not found:
         raise UserError("this model was not scored", where=path, fix="run python -m evals RECIPE, or name its evals-… run")
-    newest = max(done, key=lambda r: r.manifest["finished"])
-    return json.loads((newest.path / "evals.json").read_text(encoding="utf-8"))
+    return found
 
 
 def compare(a: str, b: str, resamples: int, seed: int) -> dict[str, Any]:

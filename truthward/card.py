@@ -169,7 +169,7 @@ def _lineage_table(runs: list[Run]) -> str:
 
 
 def _evals_text(run: Run) -> str:
-    found = _evals(run)
+    found = newest_evals(run)
     if not found:
         return "This model was not scored."
     rows = [[label, interval(found["metrics"][m]), str(found["metrics"][m]["n"])] for m, label in METRICS.items()]
@@ -188,7 +188,7 @@ def _evals_text(run: Run) -> str:
     return text
 
 
-def _evals(run: Run) -> dict[str, Any] | None:
+def newest_evals(run: Run) -> dict[str, Any] | None:
     """The newest complete evals of this very model."""
     found: list[tuple[str, dict[str, Any]]] = []
     for path in sorted(run.path.parent.glob("evals-*/evals.json")):

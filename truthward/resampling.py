@@ -123,22 +123,22 @@ def difference_of(
     statistic: Statistic, weights: Array, columns: Sequence[Array], others: Sequence[Array]
 ) -> Difference | None:
     """The statistic of ``columns`` minus that of ``others`` on the same items and the same resamples; None as above."""
-    ours, theirs = (interval_of(statistic, weights, c) for c in (columns, others))
+    ours, theirs = (_whole(statistic, c) for c in (columns, others))
     if ours is None or theirs is None:
         return None
     draws = statistic(weights, *columns) - statistic(weights, *others)
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return Difference(Interval(ours.mean - theirs.mean, float(low), float(high), min(ours.n, theirs.n)), draws)
+    n = min(_scored(columns), _scored(others))
+    return Difference(Interval(ours - theirs, float(low), float(high), n), draws)
 
 
 def interval_of(statistic: Statistic, weights: Array, columns: Sequence[Array]) -> Interval | None:
     """The statistic over all items with its 95 % percentile interval; None where no item has what it needs."""
-    n = _scored(columns)
-    whole = statistic(np.ones((1, weights.shape[1])), *columns)[0]
-    if not n or np.isnan(whole):
+    whole = _whole(statistic, columns)
+    if whole is None:
         return None
     low, high = np.nanpercentile(statistic(weights, *columns), [2.5, 97.5])
-    return Interval(float(whole), float(low), float(high), n)
+    return Interval(whole, float(low), float(high), _scored(columns))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -149,6 +149,12 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         highest = max(highest, min(1.0, (len(p_values) - k) * p_values[name]))
         corrected[name] = highest
     return {name: corrected[name] for name in p_values}
+
+
+def _whole(statistic: Statistic, columns: Sequence[Array]) -> float | None:
+    """The statistic over all items, each once; None where no item has what it needs."""
+    value = statistic(np.ones((1, len(columns[0]))), *columns)[0]
+    return float(value) if _scored(columns) and not np.isnan(value) else None
 
 
 def _scored(columns: Sequence[Array]) -> int:

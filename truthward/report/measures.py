@@ -106,12 +106,12 @@ def _flips(view: View, name: str) -> list[Html]:
     for better, words in ((True, "changed for the better"), (False, "changed for the worse")):
         found = [row for row in compared["flipped"] if row["set"] == name and row["better"] is better]
         rows = [
-            [join([spoken(asked.get(r["id"], "")), tag("span", r["id"], class_="where")], ""), *map(spoken, _answers(r))]
+            [
+                join([spoken(asked.get(r["id"], "")), tag("span", r["id"], class_="where")], ""),
+                spoken(r["before"]),
+                spoken(r["after"]),
+            ]
             for r in spread(found, FLIPS)
         ]
         parts += [tag("p", f"{len(found)} {words}."), table(["asked", "base", final.name], rows, "even")] if found else []
     return parts
-
-
-def _answers(row: dict[str, Any]) -> tuple[str, str]:
-    return row["before"], row["after"]
