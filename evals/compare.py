@@ -11,10 +11,10 @@ from rich.table import Table
 
 from evals import benchmarks, comparison, harness, suite
 from evals.suite import Scored
-from truthward.card import newest_evals
 from truthward.console import console, say
 from truthward.errors import UserError
 from truthward.ledger import Run
+from truthward.record.archive import newest_evals
 from truthward.stage import guarded
 from truthward.stats import Interval
 from truthward.tables import Evals

@@ -16,9 +16,9 @@ from evals import comparison
 from evals.suite import Scored, exams, score_model
 from evals.truth import multiple_choice, truth
 from truthward import chat
-from truthward.card import METRICS
 from truthward.errors import GateFailed, UserError
 from truthward.ledger import Run, open_run, plan
+from truthward.record.words import METRICS
 from truthward.records import Question, read_rows
 from truthward.stage import run_stage
 from truthward.stats import mean_interval

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from truthward.errors import UserError
-from truthward.recipe import Recipe, exact_div, load_recipe, missing_reasons, require_reasons, settings
+from truthward.reasons import missing_reasons, require_reasons
+from truthward.recipe import Recipe, exact_div, load_recipe, settings
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 TABLES = {n: f.default for n, f in Recipe.model_fields.items() if isinstance(f.default, BaseModel)}

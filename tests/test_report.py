@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from truthward.card import model_card, recipe_toml
+from truthward.card import model_card
 from truthward.ledger import Planned, Run, plan, write_json
-from truthward.recipe import Recipe, load_recipe, missing_reasons
+from truthward.reasons import missing_reasons
+from truthward.recipe import Recipe, load_recipe
+from truthward.record.settings import recipe_toml
 from truthward.records import Preference
 from truthward.report import closing_table, write_report
 from truthward.report import constitution as section

@@ -1,21 +1,17 @@
-"""The model card of a run, and what it shares with the report: reasons of a recipe, lineage, paths without a home."""
+"""The model card of a run: what the model is, where it came from, how it scored, how to make it again."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truthward.errors import UserError
 from truthward.ledger import CODE, Run
-from truthward.tables import Recipe
+from truthward.record.archive import lineage, newest_evals
+from truthward.record.settings import recipe_toml
+from truthward.record.words import METRICS, commit, interval, place, tidy
 
 HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-METRICS = {"truth.mc1": "MC1", "truth.mc2": "MC2", "truth.pairs": "pairs"}  # what leads everywhere
-HOMES = re.compile(r"(?<![\w.~-])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root)(?=$|[/\s'\",:;)\]])")
 
 LIMITS = """\
 - Small models (135M parameters and their like) are often wrong, also where they sound sure. Check what it says.
@@ -24,84 +20,6 @@ LIMITS = """\
 - An interval covers the draw of questions, not the draw of training seeds: one run was trained.
 - Trained on short English conversations; it was not tested for safety, and it is no source of medical, legal or
   financial advice."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One value of a recipe, its default and the reason that was given for it."""
-
-    table: str
-    key: str
-    value: Any
-    default: Any
-    reason: str
-
-    @property
-    def changed(self) -> bool:
-        return self.value != self.default
-
-
-def tidy(text: str) -> str:
-    """Text without the folders that lead to this project or to somebody's home."""
-    for folder, short in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if len(folder.parts) > 1:
-            text = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}/", short, text)
-    return HOMES.sub("~", text)
-
-
-def place(run: Path) -> str:
-    """A run directory relative to the runs folder."""
-    return f"{run.parent.name}/{run.name}"
-
-
-def recipe_settings(values: dict[str, Any]) -> list[Setting]:
-    """Every value of a dumped recipe in its order; ``table`` is empty for the recipe's own keys."""
-    rows = _settings("", values, Recipe.model_fields)
-    for name, field in Recipe.model_fields.items():
-        if name != "why" and isinstance(values.get(name), dict):
-            rows += _settings(name, values[name], type(field.default).model_fields)
-    return rows
-
-
-def _settings(table: str, values: dict[str, Any], fields: Any) -> list[Setting]:
-    reasons = values.get("why", {})
-    defaults = {key: field.default for key, field in fields.items()}
-    return [
-        Setting(table, key, value, defaults.get(key), reasons.get(key, "").strip())
-        for key, value in values.items()
-        if not isinstance(value, dict)
-    ]
-
-
-def lineage(run: Run) -> list[Run]:
-    """A run and every run that it came from in any role, each after its parents; lost directories are left out."""
-    found: dict[str, Run] = {}
-
-    def visit(this: Run) -> None:
-        for name in this.manifest.get("parents", {}).values():
-            if name not in found:
-                with contextlib.suppress(UserError):
-                    visit(Run.load(this.path.parent / name))
-        found[this.path.name] = this
-
-    visit(run)
-    return list(found.values())
-
-
-def interval(value: dict[str, Any], *, sign: bool = False) -> str:
-    """``0.457 [0.40, 0.51]``; with ``sign``, ``+0.020 [-0.031, +0.070]``."""
-    if sign:
-        return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
-    return f"{value['mean']:.3f} [{value['low']:.2f}, {value['high']:.2f}]"
-
-
-def commit(manifest: dict[str, Any]) -> str:
-    """The first 12 characters of a run's commit, and whether files differed from it."""
-    git = manifest.get("git", {})
-    return (git.get("commit", "")[:12] or "no commit") + (" + changes" if git.get("diff") else "")
-
-
-# -------------------------------------------------------------------------------------------------------------- card
 
 
 def model_card(run: Run) -> str:
@@ -124,23 +42,6 @@ def model_card(run: Run) -> str:
         "## To reproduce\n\n" + _reproduce(run, runs),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def recipe_toml(recipe: dict[str, Any]) -> str:
-    """A recipe as TOML that loads: changed or explained values with ``why`` tables, defaults as comments."""
-    settings = [s for s in recipe_settings(recipe) if s.key != "runs"]
-    lines: list[str] = []
-    for table in dict.fromkeys(s.table for s in settings):
-        rows = [s for s in settings if s.table == table]
-        lines += [f"\n[{table}]"] if table else []
-        lines += [("" if s.changed or s.reason else "# ") + f"{s.key} = {_toml(s.value)}" for s in rows]
-        reasons = [f"{s.key} = {_toml(s.reason)}" for s in rows if s.reason]
-        lines += [f"[{table}.why]" if table else "\n[why]", *reasons] if reasons else []
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def _toml(value: Any) -> str:
-    return '""' if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _quoted(text: str) -> str:
@@ -188,24 +89,19 @@ def _evals_text(run: Run) -> str:
     return text
 
 
-def newest_evals(run: Run) -> dict[str, Any] | None:
-    """The newest complete evals of this very model."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    for path in sorted(run.path.parent.glob("evals-*/evals.json")):
-        with contextlib.suppress(UserError, ValueError):
-            evals_run, value = Run.load(path.parent), json.loads(path.read_text(encoding="utf-8"))
-            if evals_run.done and value["model"] == run.path.name:
-                found.append((evals_run.manifest.get("finished", ""), value))
-    return max(found, key=lambda pair: pair[0])[1] if found else None
-
-
 def _data_table(runs: list[Run]) -> str:
-    used: dict[tuple[str, str], list[str]] = {}
+    used: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         for path, value in run.manifest.get("data", {}).items():
-            used.setdefault((path, value), []).append(run.stage)
-    rows = [[f"`{tidy(path)}`", f"`{value}`", ", ".join(stages)] for (path, value), stages in used.items()]
-    return _table(["file or folder", "SHA-256 of its content", "read by"], rows) if rows else "No data files were read."
+            used.setdefault((path, value), []).append(run)
+    rows = []
+    for (path, value), readers in used.items():
+        about = readers[0].manifest.get("sources", {}).get(path, {})
+        stages = ", ".join(dict.fromkeys(r.stage for r in readers))
+        told = [str(about.get("rows") or "-"), about.get("licence") or "unknown", about.get("origin") or "-"]
+        rows.append([f"`{tidy(path)}`", *told, f"`{value}`", stages])
+    columns = ["file or folder", "rows", "licence", "origin", "SHA-256 of its content", "read by"]
+    return _table(columns, rows) if rows else "No data files were read."
 
 
 def _reproduce(run: Run, runs: list[Run]) -> str:

@@ -16,7 +16,8 @@ from truthward.errors import UserError
 from truthward.examples import read_examples
 from truthward.ledger import Planned, Run, plan
 from truthward.principles import read_principles
-from truthward.recipe import bank_path, labels_path, missing_reasons, require_reasons
+from truthward.reasons import require_reasons
+from truthward.recipe import bank_path, labels_path
 from truthward.records import Pair, Preference, Prompt, Question, read_demonstrations, read_rows
 from truthward.tables import BANK_OF, Recipe
 
@@ -30,7 +31,7 @@ def check(recipe: Recipe, where: str, *, brief: bool = False) -> None:
     Raises:
         UserError: the first fault, with what to do.
     """
-    require_reasons(recipe, where)
+    unexplained = require_reasons(recipe, where)
     read_data(recipe)
     check_rewards(recipe)
     planned = plan(recipe)
@@ -43,7 +44,8 @@ def check(recipe: Recipe, where: str, *, brief: bool = False) -> None:
             fix=f"take them out of {source} or out of the bank",
         )
     _check_disk(Path(recipe.runs))
-    _note_missing_reasons(recipe)
+    if unexplained:
+        say(f"[yellow]note[/]: no reason is given for {', '.join(unexplained)}")
     if brief:
         return
     console.print_json(recipe.model_dump_json(exclude_defaults=False))
@@ -120,12 +122,6 @@ def _functions(path: Path) -> set[str]:
         elif isinstance(node, ast.Assign):
             bound += [target.id for target in node.targets if isinstance(target, ast.Name)]
     return set(bound)
-
-
-def _note_missing_reasons(recipe: Recipe) -> None:
-    missing = missing_reasons(recipe)
-    if missing:
-        say(f"[yellow]note[/]: no reason is given for {', '.join(missing)}")
 
 
 def leaked(recipe: Recipe) -> list[tuple[str, str, str]]:

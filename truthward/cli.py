@@ -13,6 +13,7 @@ from truthward.console import console, say
 from truthward.errors import GateFailed, UserError
 from truthward.ledger import CODE, Run, is_done, plan
 from truthward.recipe import load_recipe
+from truthward.record.commands import register as commands_of_the_record
 from truthward.tables import Recipe
 
 PRINCIPLES = Recipe().constitution.principles
@@ -45,6 +46,7 @@ def main() -> None:
     pair.add_argument("b", help="the same")
     pair.set_defaults(work=_compare)
     _principles(commands.add_parser("principles", help="list and check a constitution, or compare two"))
+    commands_of_the_record(commands)
     options = parser.parse_args(_words(sys.argv[1:]))
     work: Callable[[argparse.Namespace], None] = options.work
     sys.exit(stage.guarded(lambda: work(options)))

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from truthward.card import recipe_toml
 from truthward.console import console, say
 from truthward.errors import UserError
 from truthward.ledger import Run, write_text
+from truthward.record.settings import recipe_toml
 from truthward.records import Margin, Preference, Revision, read_rows
 from truthward.stats import Interval, mean_interval, pair_wins
 

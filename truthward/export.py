@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from truthward.card import model_card, tidy
+from truthward.card import model_card
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory
 from truthward.models import chain, load, load_tokenizer
+from truthward.record.words import tidy
 
 
 def export(run: Run, target: Path) -> None:

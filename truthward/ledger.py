@@ -1,6 +1,7 @@
 """Run directories: the record of what was made, from what, with which values and why.
 
-``runs/<recipe>/<stage>-<fingerprint>/`` holds ``manifest.json``, ``metrics.jsonl``, ``model/``, rows and checkpoints.
+``runs/<recipe>/<stage>-<fingerprint>/`` holds ``manifest.json``, ``metrics.jsonl``, ``model/``, rows and checkpoints;
+``runs/<recipe>/kept/`` the data and the code that the runs read, each content once.
 The fingerprint hashes the stage's resolved settings, the content of its data, its parents' fingerprints and the code it
 can reach. It is known before the stage runs, so every directory of a recipe can be named without loading a model. Same
 fingerprint: nothing to do. Interrupted: the stage resumes. Anything changed: a new directory; nothing is overwritten.
@@ -13,19 +14,17 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from truthward import provenance
 from truthward.errors import UserError
 from truthward.recipe import DATA_KEYS, bank_path, judge_settings, labels_path, ppo_base, sets_of, settings
 from truthward.tables import MODEL_STAGES, Recipe
@@ -36,8 +35,8 @@ CODE = {  # stage -> module; the others are their own name
     "dpo": "rl.dpo",
     "ppo": "rl.ppo",
 }
+KEPT = "kept"  # beside the run directories: data and code as they were, by content hash
 OUR_PACKAGES = ("truthward", "sft", "reward", "constitution", "rl", "evals")
-RECORDED_VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------- atomic writing
@@ -96,8 +95,8 @@ def hash_path(path: str) -> str:
 
 
 @functools.cache
-def hash_code(module: str) -> str:
-    """SHA-256 over the source of a module and of every module of this project that it imports, at any remove."""
+def code_of(module: str) -> dict[str, str]:
+    """The source of a module and of every module of this project that it imports, at any remove, by module name."""
     sources: dict[str, str] = {}
     todo = [module, f"{module}.__main__"]
     while todo:
@@ -106,7 +105,13 @@ def hash_code(module: str) -> str:
         if file:
             sources[name] = file.read_text(encoding="utf-8")
             todo += _imports(sources[name])
-    return digest(sources)
+    return sources
+
+
+@functools.cache
+def hash_code(module: str) -> str:
+    """SHA-256 over :func:`code_of`."""
+    return digest(code_of(module))
 
 
 def _imports(source: str) -> list[str]:
@@ -257,18 +262,20 @@ class Run:
 
     def incident(self, kind: str, **details: Any) -> None:
         """Put on record that something went wrong or was set aside, with its evidence."""
-        entry = {"time": _now(), "kind": kind, **details}
+        entry = {"time": provenance.now(), "kind": kind, **details}
         self.record(incidents=[*self.manifest.get("incidents", []), entry])
 
     def override(self, reason: str) -> None:
         """Put on record that somebody goes on though the gate says stop; it stays in this manifest."""
-        entry = {"reason": reason, "who": _git("config", "user.name") or "unknown", "time": _now()}
+        entry = {"reason": reason, "who": provenance.who(), "time": provenance.now()}
         self.record(gate={**self.manifest["gate"], "override": entry})
 
     def finish(self, **values: Any) -> None:
         """The last write of a stage: everything it made is on disk before ``complete`` is."""
         begun = self.manifest.get("seconds_before", 0) + time.time() - self.manifest["session_start"]
-        self.record(**values, seconds=round(begun, 1), peak_memory_gb=_peak_memory_gb(), finished=_now(), status="complete")
+        self.record(
+            **values, seconds=round(begun, 1), peak_memory_gb=_peak_memory_gb(), finished=provenance.now(), status="complete"
+        )
 
 
 @contextlib.contextmanager
@@ -311,14 +318,34 @@ def _start(recipe: Recipe, this: Planned) -> Run:
             parents=this.parents,
             data=this.data,
             seed=recipe.seed,
-            started=run.manifest.get("started", _now()),
+            started=run.manifest.get("started", provenance.now()),
             resumed=run.manifest.get("resumed", -1) + 1,
             session_start=time.time(),
             seconds_before=before,
             incidents=run.manifest.get("incidents", []),
-            **provenance(),
+            sources=provenance.sources(this.data),
+            code=_keep(this, run.path.parent / KEPT),
+            **provenance.launch(recipe.origin.path, recipe.origin.overrides, recipe.origin.why),
+            **provenance.surroundings(),
         )
     return run
+
+
+def _keep(this: Planned, folder: Path) -> str:
+    """Copy what the run reads and the code it runs into the record, each content once; returns the hash of the code."""
+    for path, value in this.data.items():
+        target, files = folder / "data" / value[:16], provenance.keepable(Path(path))
+        if files and not target.exists():
+            with whole_directory(target) as copy:
+                for file in files:
+                    to = copy / (file.relative_to(path) if file != Path(path) else file.name)
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, to)
+    module = CODE.get(this.stage, this.stage)
+    code = hash_code(module)
+    if not (folder / "code" / f"{code[:16]}.json").exists():
+        write_json(folder / "code" / f"{code[:16]}.json", code_of(module))
+    return code
 
 
 def is_done(path: Path) -> bool:
@@ -341,35 +368,6 @@ def complete(path: Path) -> Run:
     return run
 
 
-def provenance() -> dict[str, Any]:
-    """Code, packages and machine: what a result depends on beside the recipe and the data."""
-    versions = {}
-    for package in RECORDED_VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "git": {"commit": _git("rev-parse", "HEAD"), "diff": _git("diff", "HEAD")[:200_000]},
-        "packages": versions,
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "os": platform.system()},
-    }
-
-
-def _git(*words: str) -> str:
-    try:
-        root = Path(__file__).parent.parent
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def _last_write(path: Path) -> float:
     return max((p.stat().st_mtime for p in path.rglob("*") if p.name != ".lock"), default=0.0)
 
@@ -378,7 +376,3 @@ def _peak_memory_gb() -> float:
     import resource
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,7 +1,7 @@
 """The recipe: one TOML file, one table a stage, checked before anything runs.
 
 Unknown keys are errors at any depth and name the nearest right key. Values that differ from the default need a reason
-in the table's ``why`` (see :func:`missing_reasons`); the reasons are saved with every result.
+in the table's ``why`` (see :mod:`truthward.reasons`); the reasons are saved with every result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from truthward.errors import UserError
-from truthward.tables import BANK_OF, Benchmark, EvalSet, Recipe, Server, Table, Training
+from truthward.tables import BANK_OF, Benchmark, EvalSet, Origin, Recipe, Server, Table, Training
 
 DATA_KEYS = {
     "data",
@@ -60,6 +60,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, why: str =
         raise UserError("\n".join(_explain(e) for e in error.errors()), where=str(path)) from error
     if not recipe.name:
         recipe = recipe.model_copy(update={"name": path.stem})
+    recipe._origin = Origin(str(path), tuple(overrides or ()), why)
     _check_values(recipe, str(path))
     return recipe
 
@@ -91,43 +92,13 @@ def labels_path(recipe: Recipe) -> str:
     return str(Path(recipe.evals.banks) / "open" / "dev")
 
 
-def missing_reasons(recipe: Recipe) -> list[str]:
-    """Dotted keys that were set to something other than the default, or name data, and carry no reason."""
-    missing = []
-    for prefix, table in _prefixed(recipe):
-        for key in sorted(table.model_fields_set - {"why", "name", "runs", *_tables()}):
-            changed = getattr(table, key) != type(table).model_fields[key].default
-            if (changed or key in DATA_KEYS) and not table.why.get(key, "").strip():
-                missing.append(prefix + key)
-    return missing
-
-
-def require_reasons(recipe: Recipe, where: str) -> list[str]:
-    """Stop when a value lacks its reason, or return the list when the recipe only warns.
-
-    Raises:
-        UserError: ``unexplained = "stop"`` and a value has no reason.
-    """
-    missing = missing_reasons(recipe)
-    if missing and recipe.unexplained == "stop":
-        table, _, key = missing[0].rpartition(".")
-        header = f"[{table}.why]" if table else "[why]"
-        raise UserError(
-            "no reason is given for " + ", ".join(missing),
-            where=where,
-            fix=f'write why, e.g. under {header}: {key} = "…"; for overrides pass --why "…"; '
-            'unexplained = "warn" relaxes this',
-        )
-    return missing
-
-
-def _tables() -> list[str]:
+def table_names() -> list[str]:
     return [n for n, f in Recipe.model_fields.items() if isinstance(f.default, Table)]
 
 
-def _prefixed(recipe: Recipe) -> list[tuple[str, Table]]:
+def prefixed(recipe: Recipe) -> list[tuple[str, Table]]:
     """The recipe and its tables, each with what stands before a key of it in a dotted name."""
-    return [("", recipe), *((f"{name}.", getattr(recipe, name)) for name in _tables())]
+    return [("", recipe), *((f"{name}.", getattr(recipe, name)) for name in table_names())]
 
 
 def _nearest(key: str, table: type[Table]) -> str:
@@ -180,7 +151,7 @@ def exact_div(total: int, part: int, what: str) -> int:
 
 
 def _check_reasons(recipe: Recipe, where: str) -> None:
-    for prefix, table in _prefixed(recipe):
+    for prefix, table in prefixed(recipe):
         for key in table.why.keys() - type(table).model_fields.keys():
             near = _nearest(key, type(table))
             fix = f"did you mean {prefix}why.{near}?" if near else "give reasons for keys of this table"

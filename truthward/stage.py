@@ -11,7 +11,8 @@ from pathlib import Path
 from truthward.console import say
 from truthward.errors import GateFailed, TrainingFault, UserError
 from truthward.ledger import Run, is_done, open_run, plan
-from truthward.recipe import load_recipe, require_reasons
+from truthward.reasons import require_reasons
+from truthward.recipe import load_recipe
 from truthward.tables import Recipe
 
 Work = Callable[[Recipe, Run], None]

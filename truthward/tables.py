@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 MODEL_STAGES = ("base", "sft", "distill", "dpo", "ppo")  # stages whose result is a chat model that the evals score
 Stage = Literal["base", "sft", "distill", "constitution", "reward", "dpo", "ppo"]
@@ -249,7 +249,17 @@ class Launch(Table):
     deepspeed: str | None = Field(None, description="DeepSpeed configuration (JSON)")
 
 
+class Origin(NamedTuple):
+    """Where a recipe came from: its file, what the command line changed, and the reason for that."""
+
+    path: str = ""
+    overrides: tuple[str, ...] = ()
+    why: str = ""
+
+
 class Recipe(Table):
+    _origin: Origin = PrivateAttr(Origin())  # not part of what a run is made from
+
     name: str = Field("", description="runs go to runs/<name>; the file's name if empty")
     seed: int = Field(17, ge=0, lt=2**32, description="every random draw derives from it")
     runs: str = Field("runs", description="where run directories are kept")
@@ -265,3 +275,7 @@ class Recipe(Table):
     ppo: Ppo = Ppo()
     evals: Evals = Evals()
     launch: Launch = Launch()
+
+    @property
+    def origin(self) -> Origin:
+        return self._origin

@@ -8,8 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from truthward.card import METRICS, interval
 from truthward.ledger import write_text
+from truthward.record.words import METRICS, interval
 from truthward.report.page import join, page, signed, tag
 from truthward.report.sections import SECTIONS
 from truthward.report.view import Stage, View, cost, direction, effect, gather, headline, listed

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from truthward.card import tidy
 from truthward.effects import effects
 from truthward.errors import UserError
 from truthward.ledger import Run
+from truthward.record.words import tidy
 from truthward.records import Preference, Revision, Row, read_rows
 from truthward.report.page import Html, figure, join, note, pairs, score, spoken, table, tag
 from truthward.report.plots import principles_plot

@@ -7,7 +7,7 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from truthward.card import interval
+from truthward.record.words import interval
 
 PAGE = string.Template("""\
 <!doctype html>

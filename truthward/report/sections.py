@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from truthward.card import METRICS, commit, interval, place, recipe_settings, tidy
 from truthward.errors import UserError
+from truthward.record.settings import recipe_settings
+from truthward.record.words import METRICS, commit, interval, place, tidy
 from truthward.records import Question, read_rows
 from truthward.report.constitution import constitution, spread
 from truthward.report.measures import measures

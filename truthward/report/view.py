@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from truthward.card import METRICS, interval
 from truthward.ledger import Planned, Run, plan
+from truthward.record.words import METRICS, interval
 from truthward.tables import MODEL_STAGES, Recipe
 
 Status = Literal["complete", "unfinished", "not run yet"]

@@ -1,0 +1,162 @@
+"""All run directories below a folder: found by name, walked by descent, asked for values, scores and what was kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from truthward.errors import UserError
+from truthward.ledger import KEPT, Run
+from truthward.record.settings import Setting, recipe_settings
+from truthward.tables import Recipe
+
+STAGE_OF = {"judge": "constitution"}  # tables that another stage reads; the others are read by the stage of their name
+COMMON = ("", "model", "launch")  # tables that every stage reads
+NAMES = ("name", "runs")  # where a run is kept, which nothing depends on
+SHORTEST = 3  # letters of a name that may stand for the whole
+
+
+def lineage(run: Run) -> list[Run]:
+    """A run and every run that it came from in any role, each after its parents; lost directories are left out."""
+    found: dict[str, Run] = {}
+
+    def visit(this: Run) -> None:
+        found[this.path.name] = this  # first, so that a circle in damaged manifests ends
+        for name in this.manifest.get("parents", {}).values():
+            if name not in found:
+                with contextlib.suppress(UserError):
+                    visit(Run.load(this.path.parent / name))
+        found[this.path.name] = found.pop(this.path.name)
+
+    visit(run)
+    return list(found.values())
+
+
+def newest_evals(run: Run) -> dict[str, Any] | None:
+    """The newest complete evals of this very model."""
+    found = evals_runs(run)
+    return json.loads((found[-1].path / "evals.json").read_text(encoding="utf-8")) if found else None
+
+
+def evals_runs(run: Run) -> list[Run]:
+    """Complete runs of the evals of this model, with their gates' verdicts; the oldest first."""
+    found = []
+    for path in run.path.parent.glob("evals-*/manifest.json"):
+        with contextlib.suppress(UserError):
+            other = Run.load(path.parent)
+            if (
+                other.done
+                and other.manifest["parents"].get("model") == run.path.name
+                and (path.parent / "evals.json").exists()
+            ):
+                found.append(other)
+    return sorted(found, key=lambda r: r.manifest.get("finished", ""))
+
+
+def kept_data(run: Run, path: str) -> Path | None:
+    """The copy of a source of data as this run read it, if one was kept."""
+    value = run.manifest.get("data", {}).get(path, "")
+    copy = run.path.parent / KEPT / "data" / value[:16]
+    return copy if value and copy.is_dir() else None
+
+
+def kept_code(run: Run) -> dict[str, str]:
+    """The modules that this run was made by, as they were; empty if they were not kept."""
+    path = run.path.parent / KEPT / "code" / f"{run.manifest.get('code', '')[:16]}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@dataclass
+class Archive:
+    """Every run directory ``<root>/<recipe>/<stage>-<fingerprint>``; those whose manifest cannot be read are set aside.
+
+    Attributes:
+        runs: in the order they were started.
+        unreadable: one sentence each.
+    """
+
+    root: Path
+    runs: list[Run] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for path in sorted(self.root.glob("*/*/manifest.json")):
+            try:
+                run = Run.load(path.parent)
+                _ = run.stage, run.manifest["recipe"]["name"], dict(run.manifest["parents"])
+                self.runs.append(run)
+            except (UserError, KeyError, TypeError, ValueError) as error:
+                self.unreadable.append(f"{path}: {error}")
+        self.runs.sort(key=lambda r: str(r.manifest.get("started", "")))
+
+    def named(self, name: str) -> list[Run]:
+        """Runs whose directory begins with this name, as ``ppo-1f2e`` or ``laptop/ppo-1f2e``."""
+        recipe, _, short = name.rstrip("/").rpartition("/")
+        whole = [r for r in self.runs if r.path.name == short and recipe in ("", r.path.parent.name)]
+        stage, dash, value = short.rpartition("-")
+        if whole or not (stage and dash and len(value) >= SHORTEST):
+            return whole
+        return [r for r in self.runs if r.path.name.startswith(short) and recipe in ("", r.path.parent.name)]
+
+
+def resolve(model: str, runs: str) -> tuple[Run, Archive]:
+    """The run that is meant, and the archive it lies in.
+
+    Args:
+        model: a run directory, an exported model's folder, or (the beginning of) a run's name below ``runs``.
+
+    Raises:
+        UserError: nothing or more than one run is meant, or an exported model's run is not below ``runs``.
+    """
+    path = Path(model)
+    if (path / "manifest.json").is_file():
+        run = Run.load(path)
+        return run, Archive(path.absolute().parent.parent)
+    archive = Archive(Path(runs))
+    name = model
+    if (path / "truthward.json").is_file():
+        made = json.loads((path / "truthward.json").read_text(encoding="utf-8"))[-1]
+        name = f"{made['recipe']['name']}/{made['stage']}-{made['fingerprint']}"
+    found = archive.named(name)
+    if len(found) != 1:
+        known = ", ".join(f"{r.path.parent.name}/{r.path.name}" for r in (found or archive.runs[-6:]))
+        what = f"{len(found)} runs are named so" if found else f"there is no run {name}"
+        fix = (
+            f"name one of {known}"
+            if known
+            else f"name a run directory, or the folder that holds the runs by --runs (now {runs})"
+        )
+        raise UserError(what, where=model, fix=fix)
+    return found[0], archive
+
+
+# -------------------------------------------------------------------------------------------------- values that a run has
+
+
+def owner(run: Run, table: str) -> Run | None:
+    """The run whose manifest decides a table's values: this run, or the nearest of the table's stage that it came from."""
+    if table in COMMON:
+        return run
+    stage = STAGE_OF.get(table, table)
+    return next((r for r in reversed(lineage(run)) if r.stage == stage), None)
+
+
+def settings_of(run: Run) -> dict[str, tuple[Setting, Run]]:
+    """Every value that this run depends on, by dotted key, with the run that it was set for."""
+    found: dict[str, tuple[Setting, Run]] = {}
+    for table in ("", *(name for name in Recipe.model_fields if name != "why")):
+        decided = owner(run, table)
+        if decided:
+            own = [s for s in recipe_settings(decided.manifest["recipe"]) if s.table == table and s.name not in NAMES]
+            found |= {s.name: (s, decided) for s in own}
+    return found
+
+
+def author(setting: Setting, run: Run) -> dict[str, str]:
+    """``by``, ``at`` and ``commit`` of a reason; who launched the run and when, where the recipe was in no repository."""
+    written = run.manifest.get("authors", {}).get(setting.name)
+    by = run.manifest.get("launched", {}).get("by", "unknown")
+    return written or {"by": by, "at": str(run.manifest.get("started", ""))[:10], "commit": ""}

@@ -1,0 +1,36 @@
+"""How the record puts things in words: scores, places and commits, without the folders that lead to somebody's home."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+METRICS = {"truth.mc1": "MC1", "truth.mc2": "MC2", "truth.pairs": "pairs"}  # the scores that lead everywhere
+HOMES = re.compile(r"(?<![\w.~-])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root)(?=$|[/\s'\",:;)\]])")
+
+
+def tidy(text: str) -> str:
+    """Text without the folders that lead to this project or to somebody's home."""
+    for folder, short in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if len(folder.parts) > 1:
+            text = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}/", short, text)
+    return HOMES.sub("~", text)
+
+
+def place(run: Path) -> str:
+    """A run directory relative to the runs folder."""
+    return f"{run.parent.name}/{run.name}"
+
+
+def interval(value: dict[str, Any], *, sign: bool = False) -> str:
+    """``0.457 [0.40, 0.51]``; with ``sign``, ``+0.020 [-0.031, +0.070]``."""
+    if sign:
+        return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+    return f"{value['mean']:.3f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def commit(manifest: dict[str, Any]) -> str:
+    """The first 12 characters of a run's commit, and whether files differed from it."""
+    git = manifest.get("git", {})
+    return (git.get("commit", "")[:12] or "no commit") + (" + changes" if git.get("diff") else "")
