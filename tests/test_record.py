@@ -15,7 +15,7 @@ import pytest
 
 from truthward import provenance
 from truthward.errors import UserError
-from truthward.ledger import Run, hash_code, open_run, plan, write_json
+from truthward.ledger import Run, hash_code, hash_path, open_run, plan, write_json
 from truthward.reasons import links, says_nothing
 from truthward.recipe import load_recipe
 from truthward.record.archive import Archive, author, kept_code, kept_data, lineage, resolve, settings_of
@@ -111,6 +111,7 @@ class History:
         git(self.root, "add", "-A")
         git(self.root, "commit", "-q", "--allow-empty", "-m", reason)
         provenance.authors.cache_clear()
+        hash_path.cache_clear()
         recipe = load_recipe(self.recipe, list(overrides), why)
         made = {}
         for name, planned in plan(recipe).items():
