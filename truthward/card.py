@@ -1,21 +1,22 @@
-"""The model card of a run, and what it shares with the report: reasons of a recipe, lineage, paths without a home."""
+"""The model card of a run, and what it shares with the report: reasons of a recipe and lineage."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from truthward.console import inert
 from truthward.errors import UserError
 from truthward.ledger import CODE, Run
-from truthward.tables import Recipe
+from truthward.recorded import TRUTH, read_evals
+from truthward.redaction import tidy, without_secrets
+from truthward.tables import Recipe, Table
 
 HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-METRICS = {"truth.mc1": "MC1", "truth.mc2": "MC2", "truth.pairs": "pairs"}  # what leads everywhere
-HOMES = re.compile(r"(?<![\w.~-])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root)(?=$|[/\s'\",:;)\]])")
+METRICS = dict(zip(TRUTH, ("MC1", "MC2", "pairs"), strict=True))  # what leads everywhere
 
 LIMITS = """\
 - Small models (135M parameters and their like) are often wrong, also where they sound sure. Check what it says.
@@ -41,14 +42,6 @@ class Setting:
         return self.value != self.default
 
 
-def tidy(text: str) -> str:
-    """Text without the folders that lead to this project or to somebody's home."""
-    for folder, short in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if len(folder.parts) > 1:
-            text = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}/", short, text)
-    return HOMES.sub("~", text)
-
-
 def place(run: Path) -> str:
     """A run directory relative to the runs folder."""
     return f"{run.parent.name}/{run.name}"
@@ -58,7 +51,7 @@ def recipe_settings(values: dict[str, Any]) -> list[Setting]:
     """Every value of a dumped recipe in its order; ``table`` is empty for the recipe's own keys."""
     rows = _settings("", values, Recipe.model_fields)
     for name, field in Recipe.model_fields.items():
-        if name != "why" and isinstance(values.get(name), dict):
+        if isinstance(field.default, Table) and isinstance(values.get(name), dict):
             rows += _settings(name, values[name], type(field.default).model_fields)
     return rows
 
@@ -76,10 +69,12 @@ def _settings(table: str, values: dict[str, Any], fields: Any) -> list[Setting]:
 def lineage(run: Run) -> list[Run]:
     """A run and every run that it came from in any role, each after its parents; lost directories are left out."""
     found: dict[str, Run] = {}
+    begun: set[str] = set()
 
     def visit(this: Run) -> None:
+        begun.add(this.path.name)
         for name in this.manifest.get("parents", {}).values():
-            if name not in found:
+            if name not in begun:  # a run may name itself, or a child, as its parent
                 with contextlib.suppress(UserError):
                     visit(Run.load(this.path.parent / name))
         found[this.path.name] = this
@@ -123,7 +118,7 @@ def model_card(run: Run) -> str:
         "## Limits\n\n" + LIMITS,
         "## To reproduce\n\n" + _reproduce(run, runs),
     ]
-    return "\n\n".join(parts) + "\n"
+    return without_secrets("\n\n".join(parts)) + "\n"
 
 
 def recipe_toml(recipe: dict[str, Any]) -> str:
@@ -145,7 +140,7 @@ def _toml(value: Any) -> str:
 
 def _quoted(text: str) -> str:
     """Text for a code block of the card."""
-    return tidy(text).replace("```", "'''")
+    return inert(tidy(text)).replace("```", "'''")
 
 
 def _front_matter(recipe: dict[str, Any]) -> str:
@@ -160,11 +155,11 @@ def _lineage_table(runs: list[Run]) -> str:
     rows = []
     for run in runs:
         m = run.manifest
-        parents = ", ".join(f"{role}: `{name}`" for role, name in m.get("parents", {}).items())
+        parents = ", ".join(f"{role}: {_code(name)}" for role, name in m.get("parents", {}).items())
         dtype = str(m.get("dtype", "")).removeprefix("torch.") or "-"
         seconds, memory = m.get("seconds"), m.get("peak_memory_gb")
         cost = f"{seconds:.0f} s, {memory} GB" if seconds is not None and memory is not None else "-"
-        rows.append([run.stage, f"`{place(run.path)}`", parents or "-", commit(m), dtype, cost])
+        rows.append([run.stage, _code(place(run.path)), parents or "-", commit(m), dtype, cost])
     return _table(["stage", "run", "from", "commit", "dtype", "time, peak memory"], rows)
 
 
@@ -175,11 +170,13 @@ def _evals_text(run: Run) -> str:
     rows = [[label, interval(found["metrics"][m]), str(found["metrics"][m]["n"])] for m, label in METRICS.items()]
     columns = ["metric", "score", "questions"]
     for key in ("against_parent", "against_base"):
-        if key in found and f"difference to {found[key]['stage']}" not in columns:
+        if found.get(key) and f"difference to {found[key]['stage']}" not in columns:
             columns.append(f"difference to {found[key]['stage']}")
             for row, m in zip(rows, METRICS, strict=True):
                 row.append(interval(found[key]["differences"][m], sign=True))
-    note = f"On `{tidy(found['bank'])}`, held-out topics; brackets are 95 % bootstrap intervals, differences are paired."
+    note = (
+        f"On {_code(tidy(found['bank']))}, held-out topics; brackets are 95 % bootstrap intervals, differences are paired."
+    )
     style = [[name, *[f"{scores[m]:.3f}" for m in METRICS]] for name, scores in found.get("baselines", {}).items()]
     text = f"{note}\n\n{_table(columns, rows)}"
     if style:
@@ -192,8 +189,8 @@ def newest_evals(run: Run) -> dict[str, Any] | None:
     """The newest complete evals of this very model."""
     found: list[tuple[str, dict[str, Any]]] = []
     for path in sorted(run.path.parent.glob("evals-*/evals.json")):
-        with contextlib.suppress(UserError, ValueError):
-            evals_run, value = Run.load(path.parent), json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(UserError):
+            evals_run, value = Run.load(path.parent), read_evals(path)
             if evals_run.done and value["model"] == run.path.name:
                 found.append((evals_run.manifest.get("finished", ""), value))
     return max(found, key=lambda pair: pair[0])[1] if found else None
@@ -204,13 +201,13 @@ def _data_table(runs: list[Run]) -> str:
     for run in runs:
         for path, value in run.manifest.get("data", {}).items():
             used.setdefault((path, value), []).append(run.stage)
-    rows = [[f"`{tidy(path)}`", f"`{value}`", ", ".join(stages)] for (path, value), stages in used.items()]
+    rows = [[_code(tidy(path)), _code(value), ", ".join(stages)] for (path, value), stages in used.items()]
     return _table(["file or folder", "SHA-256 of its content", "read by"], rows) if rows else "No data files were read."
 
 
 def _reproduce(run: Run, runs: list[Run]) -> str:
     git = run.manifest.get("git", {})
-    where = f"commit `{git['commit']}`" if git.get("commit") else "the same source (no commit was recorded)"
+    where = f"commit {_code(git['commit'])}" if git.get("commit") else "the same source (no commit was recorded)"
     changed = " The source differed from that commit; the difference is in `truthward.json`." if git.get("diff") else ""
     packages = ", ".join(f"{name} {version}" for name, version in run.manifest.get("packages", {}).items())
     stages = dict.fromkeys(r.stage for r in runs)
@@ -218,11 +215,25 @@ def _reproduce(run: Run, runs: list[Run]) -> str:
     return (
         f"Check out {where}.{changed} Save the recipe above as `recipe.toml`, make sure that the data have the hashes above,"
         f" and run:\n\n```sh\n{commands}\n```\n\n"
-        f"Seed {run.manifest.get('seed')}. Packages: {packages or 'not recorded'}. Other processors and packages may round"
-        " differently, so expect scores inside the intervals rather than equal weights."
+        f"Seed {run.manifest.get('seed')}. Packages: {_words(packages) or 'not recorded'}. Other processors and packages may"
+        " round differently, so expect scores inside the intervals rather than equal weights."
     )
+
+
+def _code(text: str) -> str:
+    """Text between backticks, in which nothing works."""
+    return f"`{inert(' '.join(text.split())).replace('`', chr(39))}`"
+
+
+def _words(text: str) -> str:
+    """Text in which Markdown finds no HTML, link or code; what :func:`_code` made stays."""
+    text = inert(text if text.count("`") % 2 == 0 else text.replace("`", "'"))
+    parts = enumerate(text.split("`"))
+    return "`".join(t if n % 2 else t.replace("<", "&lt;").replace("](", "] (") for n, t in parts)
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(" ".join(_words(c).replace("|", "\\|").split()) for c in line) + " |" for line in lines
+    )

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from truthward.card import METRICS, commit, interval, place, recipe_settings, tidy
+from truthward.card import METRICS, commit, interval, place, recipe_settings
 from truthward.errors import UserError
 from truthward.records import Question, read_rows
+from truthward.redaction import tidy
 from truthward.report.constitution import constitution, spread
 from truthward.report.measures import measures
 from truthward.report.page import (
@@ -177,7 +178,7 @@ def flips(view: View) -> Html:
         return Html("")
     bank: dict[str, Question] = {}
     with contextlib.suppress(UserError):
-        bank = {q.id: q for q in read_rows(final.evals["bank"], Question)}
+        bank = {q.id: q for q in read_rows(view.recipe.evals.truth, Question)}
     words = (
         "By MC1, which asks that the best true answer beat every false one. Shown is the answer that each model found"
         " likeliest of all; another true answer than the best may be among them."
