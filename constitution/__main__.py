@@ -25,6 +25,7 @@ from truthward.ledger import Run, write_text
 from truthward.principles import Principle, keep_copies, read_principles
 from truthward.products import quicken
 from truthward.records import Preference, Prompt, Revision, draw, read_pairs, read_rows, write_rows
+from truthward.redaction import clean
 from truthward.stage import main
 from truthward.tables import Recipe
 
@@ -43,7 +44,7 @@ def run(recipe: Recipe, this: Run) -> None:
     with progress() as bar:
         task = bar.add_task("constitution", total=len(groups), completed=len(done))
         for group in groups[len(done) :]:
-            done.append(workshop.group(group))
+            done.append(clean(workshop.group(group), homes=True))
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
                 file.flush()

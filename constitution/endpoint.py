@@ -31,6 +31,7 @@ from constitution.replies import Reply
 from truthward.console import progress
 from truthward.errors import UserError
 from truthward.ledger import digest
+from truthward.redaction import without_secrets
 from truthward.tables import Judge
 
 # What a server can be asked, best first; the first request shows which of them it does.
@@ -302,7 +303,8 @@ class Endpoint:
             passing = False
         body = error.body
         said = str(body["message"] if isinstance(body, dict) and "message" in body else error.message)
-        return Fault(f"HTTP {status}", status, " ".join(self._without_key(said).split())[:300], wait, passing)
+        said = without_secrets(self._without_key(said))
+        return Fault(f"HTTP {status}", status, " ".join(said.split())[:300], wait, passing)
 
     def _without_key(self, text: str) -> str:
         """A server may repeat the key, whole or in part."""
@@ -321,7 +323,7 @@ class Endpoint:
 
     def _keep(self, request: Request, reply: Reply) -> None:
         """Put a reply on disk, then into use."""
-        key, reply = self._digest(request), replace(reply, text=self._without_key(reply.text))
+        key, reply = self._digest(request), replace(reply, text=without_secrets(self._without_key(reply.text)))
         with self._lock:
             replies.append(self.cache, key, self.settings.model, reply)
             self._replies[key] = reply

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from evals import benchmarks, comparison, harness, open_answers, suite
@@ -13,9 +13,10 @@ from evals.baselines import learn_style, style_baselines
 from evals.suite import Scored
 from truthward import hardware, models
 from truthward.banks import Labelled
-from truthward.console import say
+from truthward.console import plain, say
 from truthward.errors import GateFailed
 from truthward.ledger import Run, is_done, plan, write_json
+from truthward.reading import parse_json, read_text
 from truthward.recipe import labels_path
 from truthward.records import Prompt, Question, draw, read_rows
 from truthward.stage import main
@@ -91,7 +92,7 @@ def enforce(recipe: Recipe, this: Run) -> None:
     """Stop the pipeline where the recorded verdict says so and nobody overrode it; also asked of evals that are there."""
     gate = this.manifest.get("gate", {})
     if gate.get("override"):
-        say(f"  [yellow]gate overridden[/] by {gate['override']['who']}: {gate['override']['reason']}")
+        say(f"  [yellow]gate overridden[/] by {plain(gate['override']['who'])}: {plain(gate['override']['reason'])}")
     elif gate.get("mode") == "block":
         raise GateFailed(
             f"{this.manifest['parents']['model']} is worse than its parent: {gate['text']}\n"
@@ -104,7 +105,7 @@ def enforce(recipe: Recipe, this: Run) -> None:
 
 def _flipped(this: Run, most: int = 5) -> str:
     """Items of the blocked sets whose verdict turned for the worse, as lines."""
-    result = json.loads((this.path / "evals.json").read_text(encoding="utf-8"))
+    result = _read(this.path / "evals.json")
     sets = {name.partition(".")[0] for name in this.manifest["gate"]["worse"]}
     flipped = result["against_parent"]["flipped"] or result["against_base"]["flipped"]
     worse = [f for f in flipped if f["set"] in sets and not f["better"]]
@@ -165,8 +166,12 @@ def _earlier(recipe: Recipe, model_run: Run, role: str) -> dict[str, Any] | None
     wanted = parents.get("start", parents["model"]) if role == "parent" else models.chain(model_run)[0].path.name
     for planned in plan(recipe).values():
         if planned.stage == "evals" and planned.parents["model"] == wanted and (planned.path / "evals.json").exists():
-            return json.loads((planned.path / "evals.json").read_text(encoding="utf-8"))
+            return _read(planned.path / "evals.json")
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return parse_json(read_text(path), str(path))
 
 
 def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]:

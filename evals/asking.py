@@ -36,11 +36,11 @@ class Asked:
         if not isinstance(self.messages, str):
             prompt = chat.prompt_ids(tokenizer, self.messages)
             return Item(prompt, [chat.answer_ids(tokenizer, a) for a in self.answers])
-        prompt = tokenizer(self.messages, add_special_tokens=False)["input_ids"]
+        prompt = chat.text_ids(tokenizer, self.messages)
         if not prompt:  # the first token has nothing before it, so it is given
-            (whole,) = (tokenizer(a, add_special_tokens=False)["input_ids"] for a in self.answers)
-            return Item(whole[:1], [whole[1:]])
-        whole = [tokenizer(self.messages + a, add_special_tokens=False)["input_ids"] for a in self.answers]
+            (only,) = (chat.text_ids(tokenizer, a) for a in self.answers)
+            return Item(only[:1], [only[1:]])
+        whole = [chat.text_ids(tokenizer, self.messages + a) for a in self.answers]
         return Item(prompt, [w[len(prompt) :] for w in whole])
 
 

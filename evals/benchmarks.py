@@ -7,7 +7,8 @@ probability of the given answers, in the model's chat form; TruthfulQA also as p
 from __future__ import annotations
 
 import csv
-import json
+import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from evals.truth import multiple_choice
 from truthward import chat
 from truthward.banks import Bankrow
 from truthward.errors import UserError
+from truthward.reading import parse_json, read_text
 from truthward.records import Message, validated
 from truthward.resampling import Array, mean_of
 
@@ -309,35 +311,36 @@ def read(files: dict[str, str], primer: str = "") -> dict[str, list[Any]]:
     Raises:
         UserError: a file is not there or not in the benchmark's form; names the line.
     """
-    text = Path(primer).read_text(encoding="utf-8") if primer else ""
-    found = {name: READERS[name][0](Path(path), text) for name, path in files.items()}
-    for name, rows in found.items():
-        if not rows:
-            raise UserError("no rows", where=files[name], fix=f"give {name} in the form in which it is published")
+    text = read_text(Path(primer)) if primer else ""
+    found: dict[str, list[Any]] = {}
+    for name, path in files.items():
+        fix = f"give {name} in the form in which it is published"
+        try:
+            found[name] = READERS[name][0](Path(path), text)
+        except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:  # a file of quite another form
+            raise UserError(f"this is not {name}: {str(error)[:200]}", where=path, fix=fix) from error
+        if not found[name]:
+            raise UserError("no rows", where=path, fix=fix)
     return found
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects of a JSON list, of JSON lines, or of every JSONL file of a folder, each with where it stands."""
-    if not path.exists():
-        raise UserError("there is no such file", where=str(path), fix="mend the path under evals.files")
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        text = file.read_text(encoding="utf-8")
-        try:
-            values = json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in text.splitlines() if t]
-        except ValueError as error:
-            raise UserError(f"not valid JSON: {error}", where=str(file), fix="give the file as published") from error
-        for number, value in enumerate(values, 1):
+    for file in sorted(path.rglob("*.jsonl")) if os.path.isdir(path) else [path]:
+        text, fix = read_text(file), "give the file as published"
+        if text.lstrip().startswith("["):
+            values: Iterator[tuple[int, Any]] = enumerate(parse_json(text, str(file), fix), 1)
+        else:
+            lines = enumerate(text.split("\n"), 1)
+            values = ((number, parse_json(line, f"{file}:{number}", fix)) for number, line in lines if line.strip())
+        for number, value in values:
             if not isinstance(value, dict):
-                raise UserError("not an object", where=f"{file}:{number}", fix="give the file as published")
+                raise UserError("not an object", where=f"{file}:{number}", fix=fix)
             yield f"{file}:{number}", value
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    if not path.exists():
-        raise UserError("there is no such file", where=str(path), fix="mend the path under evals.files")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(io.StringIO(read_text(path).removeprefix("\N{BYTE ORDER MARK}"), newline="")))
     missing = [c for c in columns if rows and c not in rows[0]]
     if missing:
         raise UserError(f"no column {', '.join(missing)}", where=str(path), fix="give TruthfulQA.csv as published")

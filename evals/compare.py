@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from rich.table import Table
 
 from evals import benchmarks, comparison, harness, suite
+from evals.asking import Exam
 from evals.suite import Scored
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.errors import UserError
 from truthward.ledger import Run
 from truthward.record.archive import newest_evals
+from truthward.recorded import read_evals
 from truthward.stage import guarded
 from truthward.stats import Interval
 from truthward.tables import Evals
@@ -30,7 +31,7 @@ def evals_of(path: str) -> dict[str, Any]:
     """
     run = Run.load(path)
     if run.stage == "evals" and run.done:
-        return json.loads((run.path / "evals.json").read_text(encoding="utf-8"))
+        return read_evals(run.path / "evals.json")
     found = newest_evals(run)
     if not found:
         raise UserError("this model was not scored", where=path, fix="run python -m evals RECIPE, or name its evals-… run")
@@ -41,6 +42,8 @@ def compare(a: str, b: str, resamples: int, seed: int) -> dict[str, Any]:
     """B minus A on the items that both were asked."""
     before, after = evals_of(a), evals_of(b)
     by_name = {**suite.exams(len), **benchmarks.EXAMS, "ifeval": harness.IFEVAL}
+    for path, side in ((a, before), (b, after)):
+        _require_gradable(side["items"], by_name, path)
     scored = [Scored(**row) for row in after["items"]]
     found = comparison.compare(scored, before, by_name, Evals(resamples=resamples), seed)
     if not found["differences"]:
@@ -48,10 +51,18 @@ def compare(a: str, b: str, resamples: int, seed: int) -> dict[str, Any]:
     return {**found, "before": before, "after": after}
 
 
+def _require_gradable(items: list[dict[str, Any]], by_name: dict[str, Exam], where: str) -> None:
+    wanted = {name: {exam.verdict, *(c for m in exam.metrics.values() for c in m.columns)} for name, exam in by_name.items()}
+    for row in items:
+        if row["set"] not in wanted or (wanted[row["set"]] - {""}) - row["values"].keys():
+            what = f"item {row['id']!r} of {row['set']!r} is not of a set that this version knows"
+            raise UserError(what, where=where, fix="score the model again")
+
+
 def show(found: dict[str, Any]) -> None:
     """A row a metric: both scores, the paired difference, its corrected p and what could have been detected."""
     before, after = found["before"], found["after"]
-    table = Table("metric", before["model"], after["model"], "difference", "n", "p (Holm)", "detectable")
+    table = Table("metric", plain(before["model"]), plain(after["model"]), "difference", "n", "p (Holm)", "detectable")
     for name, d in found["differences"].items():
         both = (f"{e['metrics'][name]['mean']:.3f}" if e["metrics"].get(name) else "-" for e in (before, after))
         change = Interval(d["mean"], d["low"], d["high"], d["n"]).signed().rpartition(" n=")[0]
@@ -61,7 +72,7 @@ def show(found: dict[str, Any]) -> None:
         flipped = [f for f in found["flipped"] if f["better"] is better]
         say(f"{len(flipped)} verdicts changed {words}" + (", e.g." if flipped else ""))
         for f in flipped[:FLIPS]:
-            say(f"  {f['set']}/{f['id']}: {f['before']!r} became {f['after']!r}")
+            say(plain(f"  {f['set']}/{f['id']}: {f['before']!r} became {f['after']!r}"))
 
 
 def main() -> None:

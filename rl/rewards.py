@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truthward import chat
+from truthward import chat, models
 from truthward.errors import TrainingFault, UserError
 
 Source = Callable[[list[str], list[str], list[list[int]]], list[float]]  # prompts, answers, the answers' tokens -> scores
@@ -110,11 +110,12 @@ class ClassifierReward:
     def __init__(self, name: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        models.refuse_code(name, "ppo.rewards")
         try:
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, output_loading_info=True
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
             )
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             first = f"no sequence classifier can be loaded from {name!r}: {str(error).splitlines()[0]}"
             fix = 'give a folder with config.json, safetensors and a tokenizer, a hub id, or "file.py:function"'
@@ -137,9 +138,10 @@ class ClassifierReward:
         """What the model takes of what its tokenizer makes: some need to be told which tokens are the answer's."""
         if self.tokenizer.chat_template:
             turns = [*chat.user(prompt), {"role": "assistant", "content": answer}]
-            row = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
+            options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+            row = self.tokenizer.apply_chat_template(turns, **options)
         else:
-            row = self.tokenizer(prompt, answer)
+            row = self.tokenizer(prompt, answer, split_special_tokens=True)
         taken = inspect.signature(self.model.forward).parameters
         return {n: torch.tensor([ids], device=self.model.device) for n, ids in row.items() if n in taken}
 

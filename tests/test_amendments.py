@@ -129,9 +129,11 @@ def test_a_text_is_compared_word_by_word():
 
 def run(runs: Path, name: str, file: Path | None = None, **parents: str) -> Path:
     """A finished run; one of the constitution names its file by a path that does not exist any more."""
-    record = {"stage": name.split("-")[0], "status": "complete", "parents": parents}
+    recipe = {"name": "r", "stages": ["base"], "model": {"base": "tiny-random"}}
+    record = {"stage": name.split("-")[0], "status": "complete", "parents": parents, "recipe": recipe}
     if file:
-        record |= {"data": {"gone.toml": hash_path(str(file))}, "recipe": {"constitution": {"principles": ["gone.toml"]}}}
+        record["data"] = {"gone.toml": hash_path(str(file))}
+        record["recipe"] = {**recipe, "constitution": {"principles": ["gone.toml"]}}
         put(runs / "r" / name / COPIES / "1-gone.toml", file.read_text())
     return put(runs / "r" / name / "manifest.json", json.dumps(record)).parent
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.errors import UserError
 from truthward.ledger import Run, as_list, hash_path
 from truthward.principles import (
@@ -95,20 +94,34 @@ def word_diff(old: str, new: str) -> Text:
 
 
 def users(runs: Path) -> Iterator[tuple[Run, set[str]]]:
-    """Every run that a constitution had a part in, with the content hashes of those it descends from."""
-    found = {file.parent: Run.load(file.parent) for file in sorted(runs.glob("*/*/manifest.json"))}
+    """Every run that a constitution had a part in, with the content hashes of those it descends from.
 
-    def hashes(run: Run) -> set[str]:
-        parents = [found.get(run.path.parent / name) for name in run.manifest.get("parents", {}).values()]
-        above = set[str]().union(*(hashes(p) for p in parents if p))
-        if run.manifest.get("stage") != "constitution":
-            return above
-        named = run.manifest["recipe"]["constitution"]["principles"]
-        return above | {run.manifest["data"][path] for path in as_list(named)}
-
+    Runs whose manifest can't be read are passed over with a warning.
+    """
+    found: dict[Path, Run] = {}
+    for file in sorted(runs.glob("*/*/manifest.json")):
+        try:
+            found[file.parent] = Run.load(file.parent)
+        except UserError as error:
+            say(f"[yellow]warning[/] passed over: {plain(error)}")
     for run in found.values():
-        if used := hashes(run):
+        used, todo, seen = set[str](), [run], set[Path]()
+        while todo:
+            this = todo.pop()
+            if this.path in seen:
+                continue
+            seen.add(this.path)
+            todo += [found[p] for name in this.manifest["parents"].values() if (p := this.path.parent / name) in found]
+            used |= _constitution_of(this)
+        if used:
             yield run, used
+
+
+def _constitution_of(run: Run) -> set[str]:
+    """Content hashes of a constitution run's files."""
+    named = run.manifest["recipe"].get("constitution", {}).get("principles", []) if run.stage == "constitution" else []
+    data = run.manifest.get("data", {})
+    return {data[path] for path in as_list(named) if path in data}
 
 
 def show(paths: list[str], *, long: bool = False) -> None:
@@ -122,7 +135,7 @@ def show(paths: list[str], *, long: bool = False) -> None:
     if persona:
         _show_persona(persona, long)
     table = Table(
-        "id", "version", "weight", "share", "tags", "title", title=", ".join(map(str, files)), title_justify="left"
+        "id", "version", "weight", "share", "tags", "title", title=Text(", ".join(map(str, files))), title_justify="left"
     )
     for p, share in zip(principles, shares(principles).values(), strict=True):
         table.add_row(p.id, str(p.version), f"{p.weight:g}", f"{share:.1%}", ", ".join(p.tags), Text(p.title))
@@ -133,7 +146,7 @@ def show(paths: list[str], *, long: bool = False) -> None:
             _line(key, Text(getattr(p, key)))
     notes = advice(principles)
     for note in notes:
-        say(f"[yellow]warning[/] {note}")
+        say(f"[yellow]warning[/] {plain(note)}")
     say(f"{len(principles)} principles in order" + (f", {len(notes)} warnings" if notes else ""))
 
 
@@ -149,7 +162,7 @@ def show_difference(old: str, new: str, runs: str) -> None:
     if any(found):
         _show_table(before, after, found)
     else:
-        say(f"{_names(files[0])} and {_names(files[1])} have the same principles")
+        say(plain(f"{_names(files[0])} and {_names(files[1])} have the same principles"))
     for name, changes in (("persona", found.persona), *found.changed.items()):
         if changes:
             say(f"\n[bold]{name}[/]")
@@ -196,19 +209,19 @@ def _show_users(files: list[list[Path]], runs: Path) -> None:
             names[value] = names.get(value, "") + letter
     used = [(run, [names[h] for h in sorted(hashes) if h in names]) for run, hashes in users(runs)]
     used = [(run, letters) for run, letters in used if letters]
-    say(f"\nA is {_names(files[0])}\nB is {_names(files[1])}")
+    say(plain(f"\nA is {_names(files[0])}\nB is {_names(files[1])}"))
     if not used:
-        say(f"no run in {runs} used either")
+        say(plain(f"no run in {runs} used either"))
         return
-    table = Table("run", "stage", "status", "used", title=f"runs in {runs}", title_justify="left")
+    table = Table("run", "stage", "status", "used", title=Text(f"runs in {runs}"), title_justify="left")
     for run, letters in used:
         status = run.manifest.get("status", "-")
-        table.add_row(str(run.path.relative_to(runs)), run.stage, status, " and ".join("".join(letters)))
+        table.add_row(Text(str(run.path.relative_to(runs))), run.stage, Text(status), " and ".join("".join(letters)))
     console.print(table)
 
 
 def _show_persona(persona: Persona, long: bool) -> None:
-    say(f"[bold]persona[/] {escape(persona.name)}")
+    say(f"[bold]persona[/] {plain(persona.name)}")
     for key, reason in persona.why.model_dump().items():
         _line(key, Text(getattr(persona, key)))
         if long:

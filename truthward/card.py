@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from truthward.console import inert
 from truthward.ledger import CODE, Run
 from truthward.record.archive import lineage, newest_evals
 from truthward.record.settings import recipe_toml
-from truthward.record.words import METRICS, commit, interval, place, tidy
+from truthward.record.words import METRICS, commit, interval, place
+from truthward.redaction import tidy, without_secrets
 
 HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -41,12 +43,12 @@ def model_card(run: Run) -> str:
         "## Limits\n\n" + LIMITS,
         "## To reproduce\n\n" + _reproduce(run, runs),
     ]
-    return "\n\n".join(parts) + "\n"
+    return without_secrets("\n\n".join(parts)) + "\n"
 
 
 def _quoted(text: str) -> str:
     """Text for a code block of the card."""
-    return tidy(text).replace("```", "'''")
+    return inert(tidy(text)).replace("```", "'''")
 
 
 def _front_matter(recipe: dict[str, Any]) -> str:
@@ -61,11 +63,11 @@ def _lineage_table(runs: list[Run]) -> str:
     rows = []
     for run in runs:
         m = run.manifest
-        parents = ", ".join(f"{role}: `{name}`" for role, name in m.get("parents", {}).items())
+        parents = ", ".join(f"{role}: {_code(name)}" for role, name in m.get("parents", {}).items())
         dtype = str(m.get("dtype", "")).removeprefix("torch.") or "-"
         seconds, memory = m.get("seconds"), m.get("peak_memory_gb")
         cost = f"{seconds:.0f} s, {memory} GB" if seconds is not None and memory is not None else "-"
-        rows.append([run.stage, f"`{place(run.path)}`", parents or "-", commit(m), dtype, cost])
+        rows.append([run.stage, _code(place(run.path)), parents or "-", commit(m), dtype, cost])
     return _table(["stage", "run", "from", "commit", "dtype", "time, peak memory"], rows)
 
 
@@ -76,11 +78,13 @@ def _evals_text(run: Run) -> str:
     rows = [[label, interval(found["metrics"][m]), str(found["metrics"][m]["n"])] for m, label in METRICS.items()]
     columns = ["metric", "score", "questions"]
     for key in ("against_parent", "against_base"):
-        if key in found and f"difference to {found[key]['stage']}" not in columns:
+        if found.get(key) and f"difference to {found[key]['stage']}" not in columns:
             columns.append(f"difference to {found[key]['stage']}")
             for row, m in zip(rows, METRICS, strict=True):
                 row.append(interval(found[key]["differences"][m], sign=True))
-    note = f"On `{tidy(found['bank'])}`, held-out topics; brackets are 95 % bootstrap intervals, differences are paired."
+    note = (
+        f"On {_code(tidy(found['bank']))}, held-out topics; brackets are 95 % bootstrap intervals, differences are paired."
+    )
     style = [[name, *[f"{scores[m]:.3f}" for m in METRICS]] for name, scores in found.get("baselines", {}).items()]
     text = f"{note}\n\n{_table(columns, rows)}"
     if style:
@@ -99,14 +103,14 @@ def _data_table(runs: list[Run]) -> str:
         about = readers[0].manifest.get("sources", {}).get(path, {})
         stages = ", ".join(dict.fromkeys(r.stage for r in readers))
         told = [str(about.get("rows") or "-"), about.get("licence") or "unknown", about.get("origin") or "-"]
-        rows.append([f"`{tidy(path)}`", *told, f"`{value}`", stages])
+        rows.append([_code(tidy(path)), *told, _code(value), stages])
     columns = ["file or folder", "rows", "licence", "origin", "SHA-256 of its content", "read by"]
     return _table(columns, rows) if rows else "No data files were read."
 
 
 def _reproduce(run: Run, runs: list[Run]) -> str:
     git = run.manifest.get("git", {})
-    where = f"commit `{git['commit']}`" if git.get("commit") else "the same source (no commit was recorded)"
+    where = f"commit {_code(git['commit'])}" if git.get("commit") else "the same source (no commit was recorded)"
     changed = " The source differed from that commit; the difference is in `truthward.json`." if git.get("diff") else ""
     packages = ", ".join(f"{name} {version}" for name, version in run.manifest.get("packages", {}).items())
     stages = dict.fromkeys(r.stage for r in runs)
@@ -114,11 +118,25 @@ def _reproduce(run: Run, runs: list[Run]) -> str:
     return (
         f"Check out {where}.{changed} Save the recipe above as `recipe.toml`, make sure that the data have the hashes above,"
         f" and run:\n\n```sh\n{commands}\n```\n\n"
-        f"Seed {run.manifest.get('seed')}. Packages: {packages or 'not recorded'}. Other processors and packages may round"
-        " differently, so expect scores inside the intervals rather than equal weights."
+        f"Seed {run.manifest.get('seed')}. Packages: {_words(packages) or 'not recorded'}. Other processors and packages may"
+        " round differently, so expect scores inside the intervals rather than equal weights."
     )
+
+
+def _code(text: str) -> str:
+    """Text between backticks, in which nothing works."""
+    return f"`{inert(' '.join(text.split())).replace('`', chr(39))}`"
+
+
+def _words(text: str) -> str:
+    """Text in which Markdown finds no HTML, link or code; what :func:`_code` made stays."""
+    text = inert(text if text.count("`") % 2 == 0 else text.replace("`", "'"))
+    parts = enumerate(text.split("`"))
+    return "`".join(t if n % 2 else t.replace("<", "&lt;").replace("](", "] (") for n, t in parts)
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(" ".join(_words(c).replace("|", "\\|").split()) for c in line) + " |" for line in lines
+    )

@@ -6,6 +6,8 @@ what training, scoring and sampling see are the same tokens. Many silent faults 
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import TYPE_CHECKING, Any
 
 from truthward.errors import UserError
@@ -23,6 +25,7 @@ TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
+BARE = "{{- messages[0]['content'] -}}"
 PAD_CANDIDATES = ("<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
 
 
@@ -55,15 +58,66 @@ def user(text: str, system: str = "") -> list[dict[str, str]]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Tokens up to where the assistant begins to speak."""
-    text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Tokens up to where the assistant begins to speak; what is said in a message stays text, whatever it looks like.
+
+    Raises:
+        UserError: the tokenizer has no tokens for a character.
+    """
+    written = [message["content"] for message in messages]
+    return _ids(tokenizer, messages, written, add_generation_prompt=True)
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a whole answer, its end token included."""
     assert tokenizer.eos_token_id is not None
-    return [*tokenizer(text.strip(), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return [*text_ids(tokenizer, text.strip()), tokenizer.eos_token_id]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text without a template, as :func:`prompt_ids` has them within one.
+
+    Raises:
+        UserError: the tokenizer has no tokens for a character.
+    """
+    return _ids(tokenizer, [{"role": "user", "content": text}], [text], chat_template=BARE)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, messages: Any, written: list[str], **options: Any) -> list[int]:
+    """Where a text spells a control token (``<|im_end|>``), its pieces are encoded apart; any other goes through whole."""
+    for text in written:
+        _require_tokens(tokenizer, text)
+    if any(map(_control(tokenizer).search, written)):
+        found: Any = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True, **options)
+        return found["input_ids"]
+    whole: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+@functools.lru_cache(maxsize=8)
+def _control(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What the tokenizer would take for more than text."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def _require_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """SmolLM2 has no tokens for six control characters and for characters beyond U+40000, and would drop them in silence."""
+    lost = sorted(c for c in set(text) if not _has_tokens(tokenizer, c))
+    if lost:
+        begins = " ".join(text.split())[:60]
+        what = f"the tokenizer has no tokens for {', '.join(f'U+{ord(c):04X}' for c in lost[:5])}"
+        raise UserError(what, where=f"the text that begins {begins!r}", fix="take them out of the text")
+
+
+@functools.lru_cache(maxsize=2**16)
+def _has_tokens(tokenizer: PreTrainedTokenizerBase, character: str) -> bool:
+    if character in " \t\r\n":
+        return True
+    if "\ud800" <= character <= "\udfff":
+        return False
+    ids = tokenizer(character, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    known = bool(ids) and tokenizer.unk_token_id not in ids
+    return known and ("\N{REPLACEMENT CHARACTER}" not in tokenizer.decode(ids) or character == "\N{REPLACEMENT CHARACTER}")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:

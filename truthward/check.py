@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from truthward.banks import BANKS, Labelled, tested_texts
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.errors import UserError
 from truthward.examples import read_examples
 from truthward.ledger import Planned, Run, plan
@@ -50,7 +50,7 @@ def check(recipe: Recipe, where: str, *, brief: bool = False) -> None:
         return
     console.print_json(recipe.model_dump_json(exclude_defaults=False))
     console.print(_table(planned))
-    say(f"[green]{where} is in order[/]")
+    say(f"[green]{plain(where)} is in order[/]")
 
 
 def read_data(recipe: Recipe) -> None:
@@ -177,5 +177,6 @@ def _table(planned: dict[str, Planned]) -> Table:
     )
     for name, this in planned.items():
         state = Run.find(this.path).manifest.get("status", "new")
-        table.add_row(name, "\n".join(this.data) or "-", "\n".join(this.parents.values()) or "-", str(this.path), state)
+        cells = ("\n".join(this.data) or "-", "\n".join(this.parents.values()) or "-", this.path, state)
+        table.add_row(name, *map(plain, cells))
     return table

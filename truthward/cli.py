@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from truthward import stage
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.errors import GateFailed, UserError
 from truthward.ledger import CODE, Run, is_done, plan
 from truthward.recipe import load_recipe
@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> None:
     try:
         for name, planned in plan(recipe).items():
             if is_done(planned.path) and not _blocked(planned.path):
-                say(f"[bold]{name}[/] up to date  [dim]{planned.path}[/]")
+                say(f"[bold]{name}[/] up to date  [dim]{plain(planned.path)}[/]")
             else:
                 _stage(recipe, planned.stage, name, arguments, options.override)
     finally:
@@ -120,7 +120,7 @@ def _stage(recipe: Recipe, module: str, name: str, arguments: list[str], overrid
 
 def _blocked(path: Path) -> bool:
     """Whether a gate stopped the pipeline here and nobody overrode it."""
-    gate = Run.load(path).manifest.get("gate", {})
+    gate = Run.load(path).manifest.get("gate") or {}
     return gate.get("mode") == "block" and not gate.get("override")
 
 
@@ -129,7 +129,7 @@ def _report(options: argparse.Namespace) -> None:
 
     recipe = _load(options)
     console.print(closing_table(recipe))
-    say(f"report: {write_report(recipe)}")
+    say(f"report: {plain(write_report(recipe))}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -147,7 +147,7 @@ def _export(options: argparse.Namespace) -> None:
     from truthward.export import export
 
     export(Run.load(options.run), Path(options.target))
-    say(f"wrote {options.target}")
+    say(f"wrote {plain(options.target)}")
 
 
 def _list(options: argparse.Namespace) -> None:

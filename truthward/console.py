@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.errors import MarkupError
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
-console = Console()
-if not console.is_terminal:
-    console = Console(width=140)  # a file has no width; tables fit on one line a row
+from truthward.redaction import without_secrets
+
+ODD = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 T = TypeVar("T")
 
 
+def inert(text: str) -> str:
+    """Text that cannot steer a terminal: U+FFFD in place of control characters (lines and tabs stay) and turned writing."""
+    return ODD.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def plain(text: Any) -> str:
+    """Somebody else's words in a line for :func:`say`: brackets are brackets and no markup."""
+    return escape(str(text))
+
+
+class Inert(Console):
+    """A console on which no text, whoever wrote it, does more than be read; its own styles stay."""
+
+    def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:  # type: ignore[override]
+        for segment in super().render(*arguments, **options):
+            yield segment if segment.control else Segment(inert(segment.text), segment.style)
+
+
+console = Inert()
+if not console.is_terminal:
+    console = Inert(width=140)  # a file has no width; tables fit on one line a row
+
+
 def say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
+    """A line with markup; somebody else's words in it go through :func:`plain`."""
+    text = without_secrets(text)
+    try:
+        console.print(text, highlight=False, soft_wrap=True)
+    except MarkupError:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def tell(text: str) -> None:
+    """Somebody else's words as they stand, with nothing in them that works."""
+    print(inert(text), flush=True)
 
 
 def progress() -> Progress:

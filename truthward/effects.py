@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from rich.table import Table
 
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.errors import UserError
 from truthward.ledger import Run, write_text
 from truthward.record.settings import recipe_toml
-from truthward.records import Margin, Preference, Revision, read_rows
+from truthward.records import Margin, Preference, Revision, Row, read_rows
 from truthward.stats import Interval, mean_interval, pair_wins
 
+R = TypeVar("R", bound=Row)
 SEED = 0  # of the intervals' resampling
 
 
@@ -38,13 +42,13 @@ def effects(made: Run, learner: Run | None, revisions: list[Revision], preferenc
         learner: a finished run of the preference model that was trained on them, if there is one.
     """
     record = made.manifest["judge"]
-    learned = learner.manifest["metrics"].get("principles", {}) if learner else {}
+    learned = learner.manifest.get("metrics", {}).get("principles", {}) if learner else {}
     rows = []
     for name, methods in record["principles"].items():
         own = [r for r in revisions if r.principle == name]
         method = record["chosen"].get(name, "")
         best = method or max(methods, key=lambda m: methods[m]["accuracy"]["mean"], default="")
-        judge = methods[best]["accuracy"] if best else None
+        judge = methods[best]["accuracy"] if best in methods else None
         pairs = sum(name in p.principle for p in preferences)
         rows.append(Effect(name, len(own), sum(r.helped for r in own), pairs, method, judge, learned.get(name)))
     return rows
@@ -60,14 +64,18 @@ def show_effect(path: str, leave_out: str = "") -> None:
     if made.manifest.get("stage") != "constitution" or not made.done:
         fix = "name a constitution-… directory that is complete"
         raise UserError("not a finished run of the constitution stage", where=path, fix=fix)
+    if not made.manifest.get("judge"):
+        raise UserError("the manifest says nothing of a judge", where=path, fix="make the run again")
     learner = _learner(made)
     table = Table("principle", "revisions", "helped", "pairs", "judged by", "judge", "preference model")
-    revisions = read_rows(file, Revision) if (file := made.path / "revisions.jsonl").stat().st_size else []
-    preferences = read_rows(file, Preference) if (file := made.path / "preferences.jsonl").stat().st_size else []
+    revisions, preferences = (
+        _made(made.path / "revisions.jsonl", Revision),
+        _made(made.path / "preferences.jsonl", Preference),
+    )
     for row in effects(made, learner, revisions, preferences):
         judged, learned = (_short(i) if i else "-" for i in (row.judge, row.learned))
         counts = map(str, (row.revisions, row.helped, row.pairs))
-        table.add_row(row.principle, *counts, row.method or "left out", judged, learned)
+        table.add_row(row.principle, *counts, plain(row.method or "left out"), judged, learned)
     console.print(table)
     if learner is None:
         say("no preference model was trained on these rows yet")
@@ -79,10 +87,30 @@ def show_effect(path: str, leave_out: str = "") -> None:
 
 def _learner(made: Run) -> Run | None:
     """The newest preference model of these rows that left none of them out."""
-    found = [Run.load(p.parent) for p in made.path.parent.glob("reward-*/manifest.json")]
-    found = [run for run in found if run.done and run.manifest["parents"].get("preferences") == made.path.name]
-    whole = [run for run in found if not run.manifest["recipe"]["reward"].get("without")]
-    return max(whole, key=lambda run: run.manifest["finished"], default=None)
+    found = [run for run in _learners(made.path.parent) if run.manifest["parents"].get("preferences") == made.path.name]
+    return max((run for run in found if not _left_out(run)), key=_finished, default=None)
+
+
+def _learners(folder: Path) -> Iterator[Run]:
+    """Finished preference models of a recipe; what can't be read is none."""
+    for manifest in sorted(folder.glob("reward-*/manifest.json")):
+        with contextlib.suppress(UserError):
+            run = Run.load(manifest.parent)
+            if run.done:
+                yield run
+
+
+def _left_out(run: Run) -> Any:
+    return run.manifest["recipe"].get("reward", {}).get("without")
+
+
+def _finished(run: Run) -> str:
+    return run.manifest.get("finished", "")
+
+
+def _made(path: Path, kind: type[R]) -> list[R]:
+    """A file's rows; none where the run made none."""
+    return read_rows(path, kind) if not path.exists() or path.stat().st_size else []
 
 
 def _without(learner: Run, principle: str) -> Run:
@@ -95,9 +123,7 @@ def _without(learner: Run, principle: str) -> Run:
     command = [sys.executable, "-m", "reward", str(recipe), *settings, "--why", why]
     if subprocess.run(command, check=False).returncode:
         raise UserError("the preference model could not be trained again", where=str(recipe), fix="see its message above")
-    found = [Run.load(p.parent) for p in folder.glob("reward-*/manifest.json")]
-    found = [run for run in found if run.done and run.manifest["recipe"]["reward"].get("without") == [principle]]
-    return max(found, key=lambda run: run.manifest["finished"])
+    return max((run for run in _learners(folder) if _left_out(run) == [principle]), key=_finished)
 
 
 def _compare(learner: Run, other: Run, principle: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from truthward.errors import UserError
 from truthward.principles import Text, Word, plain
+from truthward.reading import parse_toml, read_text
 from truthward.records import Row, validated
 
 
@@ -57,12 +58,9 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def _tables(path: Path) -> list[Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError("there is no such file", where=str(path), fix="give the path of a TOML file with examples")
-    try:
-        tree = tomllib.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:  # also of integers and brackets beyond what Python reads
-        raise UserError(f"not valid TOML: {error}", where=str(path), fix="mend the line it names") from error
+    tree = parse_toml(read_text(path), str(path))
     if unknown := sorted(tree.keys() - {"example"}):
         raise UserError(f"unknown key {unknown[0]}", where=str(path), fix="a file of examples holds [[example]] tables")
     tables = tree.get("example", [])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from truthward.card import model_card
 from truthward.errors import UserError
-from truthward.ledger import Run, whole_directory
+from truthward.ledger import Run, whole_directory, write_json
 from truthward.models import chain, load, load_tokenizer
-from truthward.record.words import tidy
 
 
 def export(run: Run, target: Path) -> None:
@@ -25,5 +23,4 @@ def export(run: Run, target: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(run), encoding="utf-8")
-        record = json.dumps([r.manifest for r in chain(run)], indent=1, ensure_ascii=False)
-        (folder / "truthward.json").write_text(tidy(record), encoding="utf-8")
+        write_json(folder / "truthward.json", [r.manifest for r in chain(run)])

@@ -9,12 +9,8 @@ fingerprint: nothing to do. Interrupted: the stage resumes. Anything changed: a 
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import fcntl
-import functools
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -26,7 +22,11 @@ from typing import Any
 
 from truthward import provenance
 from truthward.errors import UserError
+from truthward.fingerprint import by_content, code_of, digest, hash_code, hash_path, named_path
+from truthward.reading import parse_json, read_text
 from truthward.recipe import DATA_KEYS, bank_path, judge_settings, labels_path, ppo_base, sets_of, settings
+from truthward.recorded import require_manifest
+from truthward.redaction import clean
 from truthward.tables import MODEL_STAGES, Recipe
 
 CODE = {  # stage -> module; the others are their own name
@@ -36,7 +36,6 @@ CODE = {  # stage -> module; the others are their own name
     "ppo": "rl.ppo",
 }
 KEPT = "kept"  # beside the run directories: data and code as they were, by content hash
-OUR_PACKAGES = ("truthward", "sft", "reward", "constitution", "rl", "evals")
 
 
 # ---------------------------------------------------------------------------------------------------- atomic writing
@@ -54,7 +53,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a JSON value as :func:`write_text` does, without the secrets in it."""
+    write_text(path, json.dumps(clean(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -66,72 +66,6 @@ def whole_directory(path: Path) -> Iterator[Path]:
     yield scratch
     shutil.rmtree(path, ignore_errors=True)
     os.replace(scratch, path)
-
-
-# ------------------------------------------------------------------------------------------------------ fingerprints
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-@functools.cache
-def hash_path(path: str) -> str:
-    """SHA-256 of a file, or of a directory's file names and contents.
-
-    Raises:
-        UserError: nothing is there.
-    """
-    root = Path(path)
-    if not root.exists():
-        raise UserError("there is no such file or directory", where=path, fix="mend the path in the recipe")
-    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
-    hasher = hashlib.sha256()
-    for file in files:
-        hasher.update(str(file.relative_to(root)).encode() + b"\0")
-        hasher.update(hashlib.sha256(file.read_bytes()).digest())
-    return hasher.hexdigest()
-
-
-@functools.cache
-def code_of(module: str) -> dict[str, str]:
-    """The source of a module and of every module of this project that it imports, at any remove, by module name."""
-    sources: dict[str, str] = {}
-    todo = [module, f"{module}.__main__"]
-    while todo:
-        name = todo.pop()
-        file = None if name in sources else _source_file(name)
-        if file:
-            sources[name] = file.read_text(encoding="utf-8")
-            todo += _imports(sources[name])
-    return sources
-
-
-@functools.cache
-def hash_code(module: str) -> str:
-    """SHA-256 over :func:`code_of`."""
-    return digest(code_of(module))
-
-
-def _imports(source: str) -> list[str]:
-    names = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names
-
-
-def _source_file(module: str) -> Path | None:
-    """The file of one of our modules, found without importing anything; None for other names."""
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top) if top in OUR_PACKAGES else None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(spec.submodule_search_locations[0], *rest)
-    return next((f for f in (path / "__init__.py", path.with_suffix(".py")) if f.is_file()), None)
 
 
 # -------------------------------------------------------------------------------------------------------------- plan
@@ -177,26 +111,37 @@ def plan(recipe: Recipe) -> dict[str, Planned]:
 
 
 def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, parents: dict[str, str]) -> None:
+    values, compute = settings(recipe, "model" if stage == "base" else stage), settings(recipe, "model")
+    if stage == "constitution":
+        values = {**values, "judge": judge_settings(recipe)}
+    data = {path: hash_path(path) for path in dict.fromkeys(_reads(recipe, name, stage))}
+    if stage != "base":
+        del compute["base"]  # it counts through the parents
+    told = [by_content(values, data), by_content(compute, data)]
+    code = hash_code(CODE.get(stage, stage))
+    value = digest([stage, recipe.seed, *told, sorted(data.values()), parents, code])[:10]
+    path = Path(recipe.runs) / recipe.name / f"{stage}-{value}"
+    planned[name] = Planned(stage, path, parents, data, values, value)
+
+
+def _reads(recipe: Recipe, name: str, stage: str) -> list[str]:
+    """The files and folders that a stage reads beside its parents' runs."""
     values = settings(recipe, "model" if stage == "base" else stage)
     paths = [p for key in sorted(DATA_KEYS & values.keys()) for p in as_list(values[key]) if p != "constitution"]
     if stage == "constitution":
-        values = {**values, "judge": judge_settings(recipe)}
         paths.append(recipe.judge.bank)
+        folder = recipe.judge.model not in MODEL_STAGES and not recipe.judge.base_url and os.path.isdir(recipe.judge.model)
+        paths += [recipe.judge.model] if folder else []
     if stage == "evals":
         scored = name.removeprefix("evals-")
         sets, table = sets_of(recipe, scored), recipe.evals
         banks = [bank_path(recipe, n) for n in sets] + [labels_path(recipe)] * ("open" in sets)
-        paths += dict.fromkeys(p for p in (*banks, *table.files.values(), table.primer) if p and p not in paths)
-    if stage == "base" and Path(recipe.model.base).is_dir():
+        paths += [p for p in (*banks, *table.files.values(), table.primer) if p]
+    if stage == "base" and os.path.isdir(recipe.model.base):
         paths.append(recipe.model.base)
     if stage == "ppo":  # a reward function's file, a classifier's folder; a hub id is no path
-        named = [source.partition(":")[0] for source in recipe.ppo.rewards if source != "reward"]
-        paths += [path for path in named if Path(path).exists()]
-    data = {path: hash_path(path) for path in paths}
-    code = hash_code(CODE.get(stage, stage))
-    value = digest([stage, recipe.seed, values, settings(recipe, "model"), sorted(data.values()), parents, code])[:10]
-    path = Path(recipe.runs) / recipe.name / f"{stage}-{value}"
-    planned[name] = Planned(stage, path, parents, data, values, value)
+        paths += [path for source in recipe.ppo.rewards if source != "reward" and (path := named_path(source))]
+    return paths
 
 
 def as_list(value: str | list[str]) -> list[str]:
@@ -219,20 +164,20 @@ class Run:
         """Read a run directory.
 
         Raises:
-            UserError: it has no manifest, or one that is not JSON.
+            UserError: it has no manifest, or one that is not JSON or not of a manifest's form.
         """
         path = Path(path)
-        try:
-            return cls(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise UserError("this is not a run directory: no manifest.json", where=str(path)) from error
-        except ValueError as error:
-            raise UserError(f"not valid JSON: {error}", where=str(path / "manifest.json")) from error
+        file = path / "manifest.json"
+        if not os.path.isfile(file):
+            raise UserError("this is not a run directory: no manifest.json", where=str(path), fix="name one under runs/")
+        manifest = parse_json(read_text(file), str(file))
+        require_manifest(manifest, str(file))
+        return cls(path, manifest)
 
     @classmethod
     def find(cls, path: Path) -> Run:
         """A run directory, with an empty manifest where nothing has been run yet."""
-        return cls.load(path) if (path / "manifest.json").exists() else cls(path)
+        return cls.load(path) if os.path.exists(path / "manifest.json") else cls(path)
 
     @property
     def done(self) -> bool:
@@ -250,14 +195,16 @@ class Run:
         """The run that this one started from, or took its preference model or rows from.
 
         Raises:
-            UserError: it is not there or not complete.
+            UserError: there is none, it is not there, or it is not complete.
         """
-        name = self.manifest["parents"][role]
+        name = self.manifest["parents"].get(role)
+        if name is None:
+            raise UserError(f"the run has no parent {role}", where=str(self.path), fix="name a run that came from one")
         return complete(self.path.parent / name)
 
     def record(self, **values: Any) -> None:
         """Add to the manifest and write it."""
-        self.manifest |= values
+        self.manifest |= clean(values)
         write_json(self.path / "manifest.json", self.manifest)
 
     def incident(self, kind: str, **details: Any) -> None:

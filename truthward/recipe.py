@@ -7,6 +7,8 @@ in the table's ``why`` (see :mod:`truthward.reasons`); the reasons are saved wit
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
@@ -14,8 +16,11 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from truthward.errors import UserError
+from truthward.reading import parse_toml, read_text, require_plain
 from truthward.tables import BANK_OF, Benchmark, EvalSet, Origin, Recipe, Server, Table, Training
 
+LONGEST = 100  # bytes in the name of a folder
+NAME = re.compile(r"\w(?:[\w.+ -]*[\w+-])?")
 DATA_KEYS = {
     "data",
     "prompts",
@@ -44,25 +49,28 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, why: str =
         UserError: the file is missing, is not TOML, or a key or value is wrong; names the file, key and a remedy.
     """
     path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+    if not os.path.isfile(path):
+        near = difflib.get_close_matches(path.name, _recipes_in(path.parent), n=1)
         fix = f"did you mean {path.parent / near[0]}?" if near else "give the path of a recipe, e.g. recipes/laptop.toml"
         raise UserError("there is no such recipe", where=str(path), fix=fix)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid TOML: {error}", where=str(path), fix="mend the line it names") from error
+    tree = parse_toml(read_text(path), str(path))
     for override in overrides or []:
         _apply(tree, override, why)
+    require_plain(tree, str(path), written=True)
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(_at_home(tree))
     except ValidationError as error:
         raise UserError("\n".join(_explain(e) for e in error.errors()), where=str(path)) from error
     if not recipe.name:
         recipe = recipe.model_copy(update={"name": path.stem})
     recipe._origin = Origin(str(path), tuple(overrides or ()), why)
+    _check_place(recipe, str(path))
     _check_values(recipe, str(path))
     return recipe
+
+
+def _recipes_in(folder: Path) -> list[str]:
+    return [p.name for p in folder.glob("*.toml")] if os.path.isdir(folder) else []
 
 
 def settings(recipe: Recipe, table: str) -> dict[str, Any]:
@@ -110,15 +118,19 @@ def _apply(tree: dict[str, Any], override: str, why: str) -> None:
     if not equals or not key.strip():
         raise UserError("an override is key=value", where=override, fix="for example ppo.kl_coef=0.02")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        values = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text
+        values = {"value": text}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not a value: {error}", where=_cut(override), fix="give a smaller one") from error
+    if values.keys() != {"value"}:
+        raise UserError("an override sets one key", where=_cut(override), fix="give each key=value as a word of its own")
     *tables, last = key.strip().split(".")
     for name in tables:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise UserError(f"{name} is a value, not a table", where=override, fix="name a key of a table")
-    tree[last] = value
+    tree[last] = values["value"]
     reasons = tree.setdefault("why", {}) if why and last != "why" else None
     if isinstance(reasons, dict):  # anything else is refused when the recipe is checked
         reasons[last] = why
@@ -136,7 +148,30 @@ def _explain(error: Any) -> str:
         return f"unknown key {'.'.join(path)}\n  to do: {hint}"
     field = table.model_fields.get(path[-1])
     about = f" ({field.description})" if field and field.description else ""
-    return f"{'.'.join(path)} = {error['input']!r}: {error['msg']}{about}"
+    return f"{'.'.join(path)} = {_cut(repr(error['input']))}: {error['msg']}{about}"
+
+
+def _cut(text: str) -> str:
+    """So much of a text as fits into a message."""
+    return text if len(text) <= 120 else f"{text[:100]} … ({len(text)} characters)"
+
+
+def _at_home(value: Any) -> Any:
+    """A recipe's values with ``~/`` written out, which records have in place of a home; reasons stay as they are."""
+    if isinstance(value, dict):
+        return {k: v if k == "why" else _at_home(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def _check_place(recipe: Recipe, where: str) -> None:
+    """The name becomes a folder; it must stay in the one for runs."""
+    if not NAME.fullmatch(recipe.name) or len(recipe.name.encode()) > LONGEST:
+        fix = f"letters, digits, blanks and . _ + -, at most {LONGEST}, the first a letter or digit; set name to one"
+        raise UserError(f"{_cut(repr(recipe.name))} cannot be the name of a folder", where=f"{where}: name", fix=fix)
+    if any(len(part.encode()) > LONGEST for part in Path(recipe.runs).parts) or len(recipe.runs) > 10 * LONGEST:
+        raise UserError(f"no folder can be called {_cut(recipe.runs)!r}", where=f"{where}: runs", fix="take a shorter path")
 
 
 def exact_div(total: int, part: int, what: str) -> int:

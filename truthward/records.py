@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -12,6 +13,8 @@ from pydantic_core import ErrorDetails
 
 from truthward.errors import UserError
 from truthward.ledger import write_text
+from truthward.reading import parse_json, read_text
+from truthward.redaction import clean
 
 
 class Row(BaseModel):
@@ -139,22 +142,30 @@ def read_rows(path: str | Path, kind: type[R]) -> list[R]:
         UserError: missing, empty, or a line that is not such a row; names file, line and field.
     """
     path = Path(path)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    files = sorted(path.glob("*.jsonl")) if os.path.isdir(path) else [path]
     rows: list[R] = []
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UserError("there is no such file", where=str(file), fix="mend the path in the recipe")
-        for number, line in enumerate(_lines(file), 1):
-            if line.strip():
-                rows.append(_parse(line, kind, f"{file}:{number}"))
+        for number, text in enumerate(read_text(file).split("\n"), 1):
+            if text.strip():
+                where = f"{file}:{number}"
+                rows.append(validated(parse_json(text, where, "one JSON object a line"), kind, where))
     if not rows:
         raise UserError("no rows", where=str(path), fix=f"put {kind.__name__.lower()} rows there, one JSON object a line")
     return rows
 
 
 def write_rows(path: Path, rows: list[Any]) -> None:
-    """Write rows as JSONL, all or nothing."""
-    write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))
+    """Write rows as JSONL, all or nothing, without the secrets that somebody may have said in them."""
+    write_text(path, "".join(line(row) for row in rows))
+
+
+def line(row: BaseModel) -> str:
+    """A row as a line of JSONL, without the secrets that somebody may have said in it."""
+    values = row.model_dump(mode="json")
+    kept = clean(values, homes=True)
+    return (row.model_dump_json() if kept == values else json.dumps(kept, ensure_ascii=False)) + "\n"
 
 
 def validated(value: Any, kind: type[R], where: str) -> R:
@@ -243,21 +254,6 @@ def by_prompt(preferences: list[Preference]) -> list[list[Preference]]:
 def draw(rows: list[T], limit: int, seed: int) -> list[T]:
     """At most ``limit`` rows in an order that depends on ``seed`` alone."""
     return random.Random(seed).sample(rows, min(limit, len(rows)))
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text: {error}", where=str(file)) from error
-
-
-def _parse(line: str, kind: type[R], where: str) -> R:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {error}", where=where, fix="one JSON object a line") from error
-    return validated(value, kind, where)
 
 
 def _said(error: ErrorDetails) -> str:

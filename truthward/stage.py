@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from truthward.console import say
+from truthward.console import inert, plain, say
 from truthward.errors import GateFailed, TrainingFault, UserError
 from truthward.ledger import Run, is_done, open_run, plan
 from truthward.reasons import require_reasons
 from truthward.recipe import load_recipe
+from truthward.redaction import without_secrets
 from truthward.tables import Recipe
 
+UNWRITABLE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 Work = Callable[[Recipe, Run], None]
 
 
@@ -32,15 +35,16 @@ def guarded(work: Callable[[], None]) -> int:
     try:
         work()
     except (UserError, GateFailed, TrainingFault) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {inert(without_secrets(str(error)))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (28, 13, 30):  # no space, no permission, read-only
+        if error.errno not in UNWRITABLE:
             raise
-        print(f"error: {error}\n  to do: make room or give write permission, then run the same command", file=sys.stderr)
+        said = f"{inert(str(error))}\n  to do: make room, give write permission or take another path; run the same command"
+        print(f"error: {said}", file=sys.stderr)
         return 2
     return 0
 
@@ -49,11 +53,11 @@ def run_stage(recipe: Recipe, name: str, work: Work, again: Work | None = None) 
     """Do a stage unless its run directory is already complete; then only ``again``, if there is any."""
     with open_run(recipe, name) as this:
         if this.done:
-            say(f"[bold]{name}[/] up to date  [dim]{this.path}[/]")
+            say(f"[bold]{name}[/] up to date  [dim]{plain(this.path)}[/]")
             if again:
                 again(recipe, this)
             return
-        say(f"[bold]{name}[/] {'resumes in' if this.manifest['resumed'] else 'runs in'} [dim]{this.path}[/]")
+        say(f"[bold]{name}[/] {'resumes in' if this.manifest['resumed'] else 'runs in'} [dim]{plain(this.path)}[/]")
         work(recipe, this)
 
 
@@ -65,7 +69,7 @@ def _gated(recipe: Recipe, name: str, work: Work, again: Work | None, override: 
         if not override.strip():
             raise
         Run.load(plan(recipe)[name].path).override(override)
-        say(f"  [yellow]gate overridden[/]: {failure}")
+        say(f"  [yellow]gate overridden[/]: {plain(failure)}")
 
 
 def _fetch_base(recipe: Recipe) -> None:

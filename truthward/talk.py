@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from truthward import chat, models
-from truthward.console import say
+from truthward.console import plain, say, tell
 from truthward.generate import generate
 from truthward.hardware import use_threads
 from truthward.ledger import Run
@@ -16,7 +16,7 @@ def talk(run: Run, system: str, temperature: float, max_new_tokens: int) -> None
     use_threads(0)
     model, tokenizer = models.load(run), models.load_tokenizer(run)
     if sys.stdin.isatty():
-        say(f"[dim]{run.path}; an empty line ends[/]")
+        say(f"[dim]{plain(run.path)}; an empty line ends[/]")
     messages = chat.user("", system)[:-1]
     for turn, line in enumerate(_lines()):
         messages.append({"role": "user", "content": line})
@@ -30,7 +30,7 @@ def talk(run: Run, system: str, temperature: float, max_new_tokens: int) -> None
             temperature=temperature,
         )
         answer = chat.decode(tokenizer, completion.ids)
-        print(answer, flush=True)
+        tell(answer)
         messages.append({"role": "assistant", "content": answer})
 
 

@@ -10,18 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from truthward.console import say
+from truthward.console import plain, say
+from truthward.errors import UserError
 from truthward.ledger import Run, write_text
+from truthward.reading import parse_json
+from truthward.redaction import clean
 from truthward.tables import Recipe
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """Every whole line of a run's metrics; a line cut off by a crash is passed over."""
+    """Every whole line of a run's metrics; a line cut off by a crash, or that is no row, is passed over."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+        for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(UserError):
+                row = parse_json(line, "")
+                rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
     return rows
 
 
@@ -39,12 +43,12 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Add one row; a number that is not finite is kept as null."""
-        row = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}
+        row = clean({"step": step, **{k: _finite(v) for k, v in metrics.items()}})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb is not None:
             with _spared("log"):
-                self.wandb.log(metrics, step=step)
+                self.wandb.log(clean(metrics), step=step)
 
 
 @contextlib.contextmanager
@@ -70,7 +74,7 @@ def _spared(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        say(f"  [yellow]warning[/]: wandb could not {what}: {type(error).__name__}: {error}")
+        say(f"  [yellow]warning[/]: wandb could not {what}: {type(error).__name__}: {plain(error)}")
 
 
 def _wandb(recipe: Recipe, run: Run) -> Any:
@@ -87,8 +91,8 @@ def _wandb(recipe: Recipe, run: Run) -> Any:
         resume="allow" if mode == "online" else None,
         mode=mode,  # type: ignore[arg-type]
         dir=str(run.path),
-        config={"recipe": run.manifest["recipe"], "manifest": str(run.path / "manifest.json")},
-        settings=wandb.Settings(silent=True, x_disable_stats=True, console="off"),
+        config={"recipe": run.manifest["recipe"], "manifest": f"{run.path.parent.name}/{run.path.name}/manifest.json"},
+        settings=wandb.Settings(silent=True, x_disable_stats=True, x_disable_meta=True, disable_git=True, console="off"),
     )
 
 

@@ -19,6 +19,7 @@ from truthward.errors import UserError
 from truthward.guard import check_finite
 from truthward.ledger import Run
 from truthward.products import quicken
+from truthward.reading import refused_pickles
 from truthward.recipe import exact_div
 from truthward.records import Preference
 from truthward.tables import Launch, Training
@@ -82,7 +83,8 @@ def fit(trainer: Any, tracker: Tracker, description: str) -> int:
     trainer.add_callback(_Report(tracker, description))
     quicken(trainer.model)  # the adapters that the trainer added
     trainer.create_model_card = lambda *args, **kwargs: None  # the record is ours, at export
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with refused_pickles(str(checkpoint)):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state.global_step
 
 

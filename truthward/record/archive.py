@@ -10,7 +10,9 @@ from typing import Any
 
 from truthward.errors import UserError
 from truthward.ledger import KEPT, Run
+from truthward.reading import parse_json, read_text
 from truthward.record.settings import Setting, recipe_settings
+from truthward.recorded import read_evals, require_manifest
 from truthward.tables import Recipe
 
 STAGE_OF = {"judge": "constitution"}  # tables that another stage reads; the others are read by the stage of their name
@@ -38,7 +40,7 @@ def lineage(run: Run) -> list[Run]:
 def newest_evals(run: Run) -> dict[str, Any] | None:
     """The newest complete evals of this very model."""
     found = evals_runs(run)
-    return json.loads((found[-1].path / "evals.json").read_text(encoding="utf-8")) if found else None
+    return read_evals(found[-1].path / "evals.json") if found else None
 
 
 def evals_runs(run: Run) -> list[Run]:
@@ -85,11 +87,9 @@ class Archive:
     def __post_init__(self) -> None:
         for path in sorted(self.root.glob("*/*/manifest.json")):
             try:
-                run = Run.load(path.parent)
-                _ = run.stage, run.manifest["recipe"]["name"], dict(run.manifest["parents"])
-                self.runs.append(run)
-            except (UserError, KeyError, TypeError, ValueError) as error:
-                self.unreadable.append(f"{path}: {error}")
+                self.runs.append(Run.load(path.parent))
+            except UserError as error:
+                self.unreadable.append(f"{path}: {error.what}")
         self.runs.sort(key=lambda r: str(r.manifest.get("started", "")))
 
     def named(self, name: str) -> list[Run]:
@@ -118,8 +118,7 @@ def resolve(model: str, runs: str) -> tuple[Run, Archive]:
     archive = Archive(Path(runs))
     name = model
     if (path / "truthward.json").is_file():
-        made = json.loads((path / "truthward.json").read_text(encoding="utf-8"))[-1]
-        name = f"{made['recipe']['name']}/{made['stage']}-{made['fingerprint']}"
+        name = _exported(path / "truthward.json")
     found = archive.named(name)
     if len(found) != 1:
         known = ", ".join(f"{r.path.parent.name}/{r.path.name}" for r in (found or archive.runs[-6:]))
@@ -131,6 +130,14 @@ def resolve(model: str, runs: str) -> tuple[Run, Archive]:
         )
         raise UserError(what, where=model, fix=fix)
     return found[0], archive
+
+
+def _exported(path: Path) -> str:
+    """The name of the run that an exported model came from."""
+    chain = parse_json(read_text(path), str(path))
+    made: Any = chain[-1] if isinstance(chain, list) and chain else None
+    require_manifest(made, str(path))
+    return f"{made['recipe']['name']}/{made['stage']}-{made['fingerprint']}"
 
 
 # -------------------------------------------------------------------------------------------------- values that a run has

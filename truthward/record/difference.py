@@ -19,7 +19,8 @@ from truthward.errors import UserError
 from truthward.ledger import Run
 from truthward.principles import COPIES, read_constitution
 from truthward.record.archive import kept_code, kept_data, lineage, newest_evals, settings_of
-from truthward.record.words import place, tidy
+from truthward.record.words import place
+from truthward.redaction import tidy
 
 SHOWN = 5  # rows of data shown in each direction
 GENERATED = ("preferences.jsonl", "revisions.jsonl")  # rows that a run made itself

@@ -14,7 +14,8 @@ from truthward.console import console, say
 from truthward.errors import UserError
 from truthward.ledger import Run
 from truthward.record.archive import kept_data, lineage
-from truthward.record.words import place, tidy
+from truthward.record.words import place
+from truthward.redaction import tidy
 
 TRAINED = {
     "sft": ("data",),

@@ -14,7 +14,8 @@ from truthward.console import console, say
 from truthward.ledger import Run
 from truthward.record.archive import author, evals_runs, lineage, newest_evals, settings_of
 from truthward.record.decisions import decisions_on
-from truthward.record.words import METRICS, commit, interval, place, tidy
+from truthward.record.words import METRICS, commit, interval, place
+from truthward.redaction import tidy
 
 
 def trace(run: Run, decisions: Path) -> dict[str, Any]:

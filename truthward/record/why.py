@@ -16,7 +16,8 @@ from truthward.reasons import links
 from truthward.record.archive import Archive, author, newest_evals, settings_of
 from truthward.record.decisions import decisions_on
 from truthward.record.settings import Setting
-from truthward.record.words import METRICS, interval, place, tidy
+from truthward.record.words import METRICS, interval, place
+from truthward.redaction import tidy
 
 
 def show_why(run: Run, archive: Archive, key: str, decisions: Path) -> None:

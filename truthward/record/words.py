@@ -1,21 +1,13 @@
-"""How the record puts things in words: scores, places and commits, without the folders that lead to somebody's home."""
+"""How the record puts things in words: scores, places and commits."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-METRICS = {"truth.mc1": "MC1", "truth.mc2": "MC2", "truth.pairs": "pairs"}  # the scores that lead everywhere
-HOMES = re.compile(r"(?<![\w.~-])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root)(?=$|[/\s'\",:;)\]])")
+from truthward.recorded import TRUTH
 
-
-def tidy(text: str) -> str:
-    """Text without the folders that lead to this project or to somebody's home."""
-    for folder, short in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if len(folder.parts) > 1:
-            text = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}/", short, text)
-    return HOMES.sub("~", text)
+METRICS = dict(zip(TRUTH, ("MC1", "MC2", "pairs"), strict=True))  # the scores that lead everywhere
 
 
 def place(run: Path) -> str:

@@ -27,7 +27,7 @@ def write_report(recipe: Recipe) -> Path:
     """Write ``runs/<recipe>/report.html``, one self-contained page, from whatever is complete.
 
     Raises:
-        UserError: a data path of the recipe does not exist, or a manifest is not JSON.
+        UserError: a data path of the recipe does not exist, or a manifest or an ``evals.json`` is at fault.
     """
     view = gather(recipe)
     made = [(key, title, build(view)) for key, (title, build) in SECTIONS.items()]

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from truthward.effects import effects
 from truthward.errors import UserError
 from truthward.ledger import Run
-from truthward.record.words import tidy
+from truthward.record.words import interval
 from truthward.records import Preference, Revision, Row, read_rows
+from truthward.redaction import tidy
 from truthward.report.page import Html, figure, join, note, pairs, score, spoken, table, tag
 from truthward.report.plots import principles_plot
 from truthward.report.view import View, headline
@@ -31,7 +32,7 @@ def constitution(view: View) -> Html:
     folder = stage.seen.run.path
     revisions, preferences = _rows(folder / "revisions.jsonl", Revision), _rows(folder / "preferences.jsonl", Preference)
     parts = [tag("p", headline(stage))] if headline(stage) else []
-    parts += _judge(stage.seen.run.manifest.get("judge", {}))
+    parts += _judge(stage.seen.run.manifest.get("judge") or {})
     parts += _by_principle(view, stage.seen.run, revisions, preferences)
     for helped, words in ((True, "Revisions that helped"), (False, "Revisions that did not, and why")):
         shown = spread([r for r in revisions if r.helped is helped], ROWS)
@@ -70,15 +71,17 @@ def _by_principle(view: View, made: Run, revisions: list[Revision], preferences:
     """What each principle brought: rows, those that helped, and how often judge and preference model keep it."""
     stage = view.stage("reward")
     learner = stage.seen.run if stage else None
-    if not made.manifest.get("judge", {}).get("principles"):
+    if not (made.manifest.get("judge") or {}).get("principles"):
         return []
     rows = effects(made, learner, revisions, preferences)
     words = "The preference model never saw the labelled pairs. Its judge was chosen on them, which flatters the judge."
     metrics = learner.manifest.get("metrics", {}) if learner else {}
-    if "principle_accuracy" in metrics:
+    if metrics.get("principle_accuracy") and metrics.get("calibration"):
         whole, fit = metrics["principle_accuracy"], metrics["calibration"]
-        words += f" Preference model over all: {score(whole)}, Brier {fit['brier']:.3f}, calibration error {fit['ece']:.3f}"
-        words += f"; it takes the longer answer in {score(metrics['longer'])}." if metrics.get("longer") else "."
+        words += (
+            f" Preference model over all: {interval(whole)}, Brier {fit['brier']:.3f}, calibration error {fit['ece']:.3f}"
+        )
+        words += f"; it takes the longer answer in {interval(metrics['longer'])}." if metrics.get("longer") else "."
     cells = []
     for r in rows:
         scores = (score(i) if i else "-" for i in (r.judge, r.learned))
@@ -104,9 +107,13 @@ def _revision(row: Revision) -> Html:
         ("critique", spoken(row.critique)),
         ("revision", spoken(row.revision)),
         ("principle", f"{row.principle}, version {row.principle_version}; round {row.round}"),
-        ("judged", f"{row.score_before:.3f} before, {row.score_after:.3f} after; {verdict}"),
+        ("judged", f"{_number(row.score_before)} before, {_number(row.score_after)} after; {verdict}"),
     ]
     return tag("div", pairs(told), class_="card")
+
+
+def _number(value: float | None) -> str:
+    return "no score" if value is None else f"{value:.3f}"
 
 
 def _preference(row: Preference) -> Html:

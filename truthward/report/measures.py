@@ -86,7 +86,8 @@ def _chance(stages: list[Stage], key: str, better: str) -> str:
 def _confidence(stages: list[Stage]) -> list[Html]:
     shown = [s for s in (stages[0], stages[-1]) if s.evals]
     rows = {s.name: [i["values"] for i in (s.evals or {})["items"] if i["set"] == "calibration"] for s in shown}
-    points = {n: ([v["confidence"] for v in some], [v["right"] for v in some]) for n, some in rows.items() if some}
+    known = {n: [v for v in some if None not in (v.get("confidence"), v.get("right"))] for n, some in rows.items()}
+    points = {n: ([v["confidence"] for v in some], [v["right"] for v in some]) for n, some in known.items() if some}
     caption = (
         "Share of right answers by confidence, in bins of ten answers or more; on the line, confidence can be believed."
     )

@@ -7,7 +7,9 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from truthward.console import inert
 from truthward.record.words import interval
+from truthward.redaction import without_secrets
 
 PAGE = string.Template("""\
 <!doctype html>
@@ -80,13 +82,13 @@ class Html(str):
 
 
 def text(value: Any) -> Html:
-    """A value as HTML, escaped unless it is HTML already."""
-    return value if isinstance(value, Html) else Html(html.escape(str(value)))
+    """A value as HTML, escaped unless it is HTML already; without secrets and characters that steer a terminal or a line."""
+    return value if isinstance(value, Html) else Html(html.escape(inert(without_secrets(str(value)))))
 
 
 def tag(name: str, value: Any = "", **attributes: str) -> Html:
     """An element; ``class_`` stands for ``class``."""
-    pairs = "".join(f' {key.rstrip("_")}="{html.escape(v)}"' for key, v in attributes.items() if v)
+    pairs = "".join(f' {key.rstrip("_")}="{text(v)}"' for key, v in attributes.items() if v)
     return Html(f"<{name}{pairs}>{text(value)}</{name}>")
 
 

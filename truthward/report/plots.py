@@ -19,6 +19,7 @@ INK, MUTED, GRID, ACCENT = "#010101", "#020202", "#030303", "#040404"  # stand-i
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", ACCENT: "var(--accent)"}
 DASHES: list[Any] = [(0, (6, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5)), "-"]
 STYLE: Any = {
+    "text.parse_math": False,  # a name with dollar signs is a name
     "svg.fonttype": "none",
     "svg.hashsalt": "truthward",
     "font.family": "sans-serif",

@@ -8,8 +8,9 @@ from typing import Any
 
 from truthward.errors import UserError
 from truthward.record.settings import recipe_settings
-from truthward.record.words import METRICS, commit, interval, place, tidy
+from truthward.record.words import METRICS, commit, interval, place
 from truthward.records import Question, read_rows
+from truthward.redaction import tidy
 from truthward.report.constitution import constitution, spread
 from truthward.report.measures import measures
 from truthward.report.page import (
@@ -178,7 +179,7 @@ def flips(view: View) -> Html:
         return Html("")
     bank: dict[str, Question] = {}
     with contextlib.suppress(UserError):
-        bank = {q.id: q for q in read_rows(final.evals["bank"], Question)}
+        bank = {q.id: q for q in read_rows(view.recipe.evals.truth, Question)}
     words = (
         "By MC1, which asks that the best true answer beat every false one. Shown is the answer that each model found"
         " likeliest of all; another true answer than the best may be among them."

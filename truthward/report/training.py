@@ -54,12 +54,13 @@ def curves(view: View) -> Html:
 
 def _time(rows: list[dict[str, Any]]) -> Html:
     """What each part of an iteration takes, and how near it comes to the machine's own matrix products."""
-    timed = [row for row in rows if all(f"seconds/{part}" in row for part in PARTS)]
+    wanted = [f"{kind}/{part}" for kind in ("seconds", "gemm_share") for part in PARTS]
+    timed = [row for row in rows if all(isinstance(row.get(key), int | float) for key in wanted)]
     if not timed:
         return Html("")
     middle = {part: median(row[f"seconds/{part}"] for row in timed) for part in PARTS}
     shares = {part: median(row[f"gemm_share/{part}"] for row in timed) for part in PARTS}
-    whole = sum(middle.values())
+    whole = sum(middle.values()) or 1.0
     columns = ["part of an iteration", "what", "seconds (median)", "share of the time", "share of matrix-product speed"]
     body = [
         [part, what, f"{middle[part]:.1f}", f"{middle[part] / whole:.0%}", f"{shares[part]:.0%}"]

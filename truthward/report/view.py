@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from truthward.ledger import Planned, Run, plan
 from truthward.record.words import METRICS, interval
+from truthward.recorded import read_evals
 from truthward.tables import MODEL_STAGES, Recipe
 
 Status = Literal["complete", "unfinished", "not run yet"]
@@ -53,7 +53,7 @@ class Stage:
     @property
     def gate(self) -> str:
         """The gate's verdict in a few words."""
-        gate = self.evals_seen.run.manifest.get("gate", {}) if self.evals_seen and self.evals_seen.run else {}
+        gate = (self.evals_seen.run.manifest.get("gate") or {}) if self.evals_seen and self.evals_seen.run else {}
         if not gate or not self.compared("parent"):
             return "-"
         worse = ", ".join(METRICS.get(m, m) for m in gate.get("worse", {}))
@@ -95,7 +95,7 @@ def gather(recipe: Recipe) -> View:
     """Look at every run directory of the recipe's plan.
 
     Raises:
-        UserError: a data path of the recipe does not exist, or a manifest is not JSON.
+        UserError: a data path of the recipe does not exist, or a manifest or an ``evals.json`` is at fault.
     """
     seen = {name: _look(planned) for name, planned in plan(recipe).items()}
     stages = []
@@ -114,7 +114,7 @@ def _look(planned: Planned) -> Seen:
 
 def _read_evals(seen: Seen | None) -> dict[str, Any] | None:
     path = seen.run.path / "evals.json" if seen and seen.run else None
-    return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else None
+    return read_evals(path) if path and path.exists() else None
 
 
 # ------------------------------------------------------------------------------------------------------------- words
