@@ -52,10 +52,8 @@ def values(a: Run, b: Run) -> list[Changed]:
         pair = before.get(key), after.get(key)
         there = [s for s in pair if s]
         if there[0].value != there[-1].value or (len(there) == 1 and (there[0].changed or there[0].reason)):
-            value, reason = (
-                [getattr(s, what) if s else none for s in pair] for what, none in (("value", None), ("reason", ""))
-            )
-            found.append(Changed(key, tuple(value), tuple(reason)))
+            own = tuple(s.value if s else None for s in pair)
+            found.append(Changed(key, own, tuple(s.reason if s else "" for s in pair)))
     return found
 
 
