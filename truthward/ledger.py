@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from truthward.errors import UserError
-from truthward.recipe import DATA_KEYS, bank_path, judge_settings, labels_path, ppo_base, sets_of, settings
+from truthward.recipe import DATA_KEYS, bank_path, guard_settings, judge_settings, labels_path, ppo_base, sets_of, settings
 from truthward.tables import MODEL_STAGES, Recipe
 
 CODE = {  # stage -> module; the others are their own name
@@ -36,6 +36,7 @@ CODE = {  # stage -> module; the others are their own name
     "dpo": "rl.dpo",
     "ppo": "rl.ppo",
 }
+TRAINED = ("sft", "distill", "reward", "dpo", "ppo")  # stages that the guard watches
 OUR_PACKAGES = ("truthward", "sft", "reward", "constitution", "rl", "evals")
 RECORDED_VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "safetensors")
 
@@ -47,11 +48,15 @@ def write_text(path: Path, text: str) -> None:
     """Write all of a file or none of it, even when killed between any two instructions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,9 +69,13 @@ def whole_directory(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    yield scratch
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(scratch, path)
+    try:
+        yield scratch
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(scratch, path)
+    except Exception:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------ fingerprints
@@ -177,6 +186,8 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
     if stage == "constitution":
         values = {**values, "judge": judge_settings(recipe)}
         paths.append(recipe.judge.bank)
+    if stage in TRAINED:
+        values = {**values, "guard": guard_settings(recipe)}
     if stage == "evals":
         scored = name.removeprefix("evals-")
         sets, table = sets_of(recipe, scored), recipe.evals
@@ -187,6 +198,7 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
     if stage == "ppo":  # a reward function's file, a classifier's folder; a hub id is no path
         named = [source.partition(":")[0] for source in recipe.ppo.rewards if source != "reward"]
         paths += [path for path in named if Path(path).exists()]
+        paths += [recipe.reward.validation] * (recipe.guard.probe_every > 0)
     data = {path: hash_path(path) for path in paths}
     code = hash_code(CODE.get(stage, stage))
     value = digest([stage, recipe.seed, values, settings(recipe, "model"), sorted(data.values()), parents, code])[:10]
@@ -208,6 +220,7 @@ class Run:
 
     path: Path
     manifest: dict[str, Any] = field(default_factory=dict)
+    entered: float = field(default_factory=time.monotonic, compare=False)  # a clock that nobody sets
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -251,8 +264,9 @@ class Run:
         return complete(self.path.parent / name)
 
     def record(self, **values: Any) -> None:
-        """Add to the manifest and write it."""
+        """Add to the manifest and write it; while the run goes on, with the seconds that it has taken so far."""
         self.manifest |= values
+        self.manifest |= {"seconds": self._seconds()} if self.manifest.get("status") == "running" else {}
         write_json(self.path / "manifest.json", self.manifest)
 
     def incident(self, kind: str, **details: Any) -> None:
@@ -267,8 +281,11 @@ class Run:
 
     def finish(self, **values: Any) -> None:
         """The last write of a stage: everything it made is on disk before ``complete`` is."""
-        begun = self.manifest.get("seconds_before", 0) + time.time() - self.manifest["session_start"]
-        self.record(**values, seconds=round(begun, 1), peak_memory_gb=_peak_memory_gb(), finished=_now(), status="complete")
+        closing = {"seconds": self._seconds(), "peak_memory_gb": _peak_memory_gb(), "finished": _now()}
+        self.record(**values, **closing, status="complete")
+
+    def _seconds(self) -> float:
+        return round(self.manifest.get("seconds_before", 0) + time.monotonic() - self.entered, 1)
 
 
 @contextlib.contextmanager
@@ -300,9 +317,6 @@ def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
 def _start(recipe: Recipe, this: Planned) -> Run:
     run = Run.find(this.path)
     if not run.done:
-        before = run.manifest.get("seconds_before", 0)
-        if run.manifest:
-            before += max(0.0, _last_write(this.path) - run.manifest["session_start"])
         run.record(
             stage=this.stage,
             status="running",
@@ -313,8 +327,7 @@ def _start(recipe: Recipe, this: Planned) -> Run:
             seed=recipe.seed,
             started=run.manifest.get("started", _now()),
             resumed=run.manifest.get("resumed", -1) + 1,
-            session_start=time.time(),
-            seconds_before=before,
+            seconds_before=run.manifest.get("seconds", 0.0) + _unrecorded(this.path),
             incidents=run.manifest.get("incidents", []),
             **provenance(),
         )
@@ -370,8 +383,11 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _last_write(path: Path) -> float:
-    return max((p.stat().st_mtime for p in path.rglob("*") if p.name != ".lock"), default=0.0)
+def _unrecorded(path: Path) -> float:
+    """Seconds between the manifest's last write and the last of all: what a killed run did that is not on record."""
+    times = {p: p.stat().st_mtime for p in path.rglob("*") if p.name != ".lock"}
+    manifest = times.get(path / "manifest.json")
+    return 0.0 if manifest is None else max(times.values()) - manifest
 
 
 def _peak_memory_gb() -> float:
