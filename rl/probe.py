@@ -35,15 +35,12 @@ class Probe:
         bank = read_rows(recipe.reward.validation, Question) if self.every else []
         drawn = random.Random(recipe.seed).sample(bank, min(table.probe_questions, len(bank)))
         self.true = [len(q.true) for q in drawn]
-        self.items = [
-            Item(
-                chat.prompt_ids(tokenizer, chat.user(q.question)), [chat.answer_ids(tokenizer, a) for a in q.true + q.false]
-            )
-            for q in drawn
-        ]
+        prompts = [chat.prompt_ids(tokenizer, chat.user(q.question)) for q in drawn]
+        answers = [[chat.answer_ids(tokenizer, a) for a in q.true + q.false] for q in drawn]
+        self.items = [Item(*pair) for pair in zip(prompts, answers, strict=True)]
 
     def after(self, iteration: int) -> dict[str, float]:
-        """Metrics after so many iterations, if it is time: mean MC2, its paired change since the start, and that one's error."""
+        """Metrics after so many iterations, if it is time: mean MC2, its paired change since the start, and its error."""
         if not self.every or iteration % self.every or len(self.items) < 2:
             return {}
         now = self._ask("policy")

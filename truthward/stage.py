@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from truthward.console import say
-from truthward.errors import GateFailed, TrainingFault, UserError
+from truthward.errors import GateFailed, Interrupted, TrainingFault, UserError
+from truthward.guard.storage import refusal
 from truthward.ledger import Run, is_done, open_run, plan
 from truthward.recipe import load_recipe, require_reasons
 from truthward.tables import Recipe
@@ -30,16 +31,17 @@ def guarded(work: Callable[[], None]) -> int:
     """Run and turn the errors that a user can meet into one clear message and an exit code."""
     try:
         work()
-    except (UserError, GateFailed, TrainingFault) as error:
+    except (UserError, GateFailed, TrainingFault, Interrupted) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except OSError as error:
-        if error.errno not in (28, 13, 30):  # no space, no permission, read-only
+    except Exception as error:
+        refused = refusal(error)
+        if not refused:
             raise
-        print(f"error: {error}\n  to do: make room or give write permission, then run the same command", file=sys.stderr)
+        print(f"error: {refused}\n  to do: make room or give write permission, then run the same command", file=sys.stderr)
         return 2
     return 0
 
