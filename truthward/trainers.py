@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,11 @@ def fit(trainer: Any, tracker: Tracker, description: str, table: tables.Guard) -
             checkpoint = newest_whole(_checkpoints(Path(trainer.args.output_dir)), tracker.run)
             tracker.resume_at(_step(checkpoint) if checkpoint else 0)
             guard.rebuild(read_metrics(tracker.run))
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except Exception:
+                _drop_unfinished(Path(trainer.args.output_dir))  # on a full disk they hold the room that is needed
+                raise
             request.obey(guard, trainer.state.global_step)
             if guarding.act == "stopped":
                 raise guard.fault()
@@ -106,6 +111,12 @@ def fit(trainer: Any, tracker: Tracker, description: str, table: tables.Guard) -
 def _checkpoints(folder: Path) -> list[Path]:
     """Those that were written to their end, the oldest first: the trainer's state is a checkpoint's last file."""
     return sorted((p.parent for p in folder.glob("checkpoint-*/trainer_state.json")), key=_step)
+
+
+def _drop_unfinished(folder: Path) -> None:
+    whole = set(_checkpoints(folder))
+    for checkpoint in set(folder.glob("checkpoint-*")) - whole:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _step(checkpoint: Path) -> int:
