@@ -1,7 +1,7 @@
 """What the guard costs: seconds of a step with and without it, alternating, and the guard's own time in a step.
 
-``python bench/guard.py [repeats] [steps]``. Runs SFT of recipes/tiny.toml, whose model is so small that a step is as short as
-one will ever be, in a folder of its own; then judges PPO's rows, an iteration's worth at a time.
+``python bench/guard.py [repeats] [steps]``. Runs SFT of recipes/tiny.toml, whose model is so small that no step is
+shorter, in a folder of its own; then judges PPO's rows, an iteration's worth at a time.
 """
 
 from __future__ import annotations

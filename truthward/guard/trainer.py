@@ -52,6 +52,8 @@ class Guarding(TrainerCallback):
                 group["lr"] *= self.rate
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self.trainer.is_deepspeed_enabled:
+            return  # its engine has stepped already, behind the backward pass; what is broken by that is gone back from
         loss = self.trainer.accelerator.gather(self.trainer._tr_loss).mean().item()
         self.skipped = self.guard.refuses({"step": state.global_step + 1, "loss": loss, "grad_norm": self.norm})
         if self.skipped:  # AdamW leaves weights and moments of a parameter without a gradient as they are
