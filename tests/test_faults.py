@@ -7,8 +7,7 @@ import signal
 
 import pytest
 import torch
-from fault_lab import AT, SFT, STEPS, disturb, found, last_loss, same, weights
-from lab import Lab
+from fault_lab import AT, SFT, disturb, found, last_loss, same, weights
 from ppo_lab import files, lasting, place
 from test_ppo_resume import forked
 
@@ -20,21 +19,6 @@ from truthward.errors import TrainingFault
 from truthward.guard.watch import Guard
 from truthward.ledger import Run, plan
 from truthward.tracking import read_metrics
-
-
-@pytest.fixture(scope="module")
-def undisturbed(lab, tmp_path_factory) -> Run:
-    """SFT without a fault."""
-    run = place(lab, tmp_path_factory.mktemp("undisturbed")).run("sft", *SFT)
-    assert run.manifest["incidents"] == []
-    assert [row["step"] for row in read_metrics(run)] == list(range(1, STEPS + 1))
-    return run
-
-
-@pytest.fixture
-def copy(lab, tmp_path) -> Lab:
-    return place(lab, tmp_path)
-
 
 # ------------------------------------------------------------------------------------------------------------ no fault
 

@@ -3,13 +3,14 @@
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from fault_lab import AT, SFT, STEPS, disturb, found, same
-from lab import Lab
+from fault_lab import AT, SFT, disturb, found, same
+from lab import ROOT, Lab
 from ppo_lab import files, lasting, place
 from test_ppo_resume import Killed, forked
 
@@ -18,22 +19,7 @@ from sft.trainer import LeanSftTrainer
 from truthward import stage
 from truthward.errors import Interrupted, TrainingFault
 from truthward.ledger import Run, plan
-from truthward.tracking import read_metrics
-
-
-@pytest.fixture(scope="module")
-def undisturbed(lab, tmp_path_factory) -> Run:
-    """SFT without a fault."""
-    run = place(lab, tmp_path_factory.mktemp("undisturbed")).run("sft", *SFT)
-    assert run.manifest["incidents"] == []
-    assert [row["step"] for row in read_metrics(run)] == list(range(1, STEPS + 1))
-    return run
-
-
-@pytest.fixture
-def copy(lab, tmp_path) -> Lab:
-    return place(lab, tmp_path)
-
+from truthward.recipe import load_recipe
 
 # ------------------------------------------------------------------------------------------------------------ the process
 
@@ -78,6 +64,26 @@ def test_sigterm_ends_the_step_and_writes_a_checkpoint(copy, undisturbed):
     assert found(run) == [("interrupted", AT + 1, "stopped after the step")]
     assert (run.path / "checkpoints" / f"checkpoint-{AT + 1}" / "trainer_state.json").exists()
     assert same(copy.run("sft", *SFT), undisturbed)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_pipeline_reaches_its_stage(tmp_path):
+    """``truthward run`` passes it on, waits for the stage's checkpoint, and ends with its exit code."""
+    options = [f"runs={tmp_path}", "model.threads=1", 'stages=["base","sft"]', 'evals.models=["base"]', "sft.epochs=2"]
+    words = [sys.executable, "-m", "truthward", "run", "recipes/tiny.toml", *options]
+    path = plan(load_recipe("recipes/tiny.toml", options))["sft"].path
+    with subprocess.Popen(words, cwd=ROOT, start_new_session=True) as process:
+        for _ in range(12_000):
+            assert process.poll() is None
+            if (path / "checkpoints" / "checkpoint-5" / "trainer_state.json").exists():
+                break
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == Interrupted.exit_code
+    run = Run.load(path)
+    ((kind, step, _),) = found(run)
+    assert kind == "interrupted"
+    assert (path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").exists()
 
 
 def test_sigterm_ends_an_iteration_of_ppo_and_loses_nothing(lab, tmp_path):

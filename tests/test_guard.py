@@ -14,7 +14,8 @@ from truthward.guard.detectors import paired_change, repeated_share, robust_z
 from truthward.guard.watch import Guard
 from truthward.ledger import Run
 from truthward.recipe import guard_settings
-from truthward.report.training import marks
+from truthward.report.plots import curve_plot
+from truthward.report.training import incidents_table, marks
 from truthward.tables import Guard as Table
 from truthward.tables import Recipe
 
@@ -276,3 +277,22 @@ def test_incidents_become_marks_at_their_step():
         {"kind": "hung", "step": 9},
     ]
     assert marks(entries) == [(5, "1", "loss", 3.0), (7, "2", "grad_norm", None), (9, "3", "", None)]
+
+
+def test_incidents_stand_on_the_curve_and_in_the_table():
+    entries = [
+        {"time": "T", "kind": "spike of loss", "step": 5, "action": "noted", "metric": "loss", "value": 3.0, "z": 20.1},
+        {"time": "T", "kind": "not finite", "step": 5, "action": "skipped", "metric": "grad_norm", "value": "nan"},
+        {"time": "T", "kind": "hung", "step": 9, "action": "stopped", "stacks": "<b>"},
+    ]
+    plain = [{"step": step, "loss": 1.0, "grad_norm": 1.0} for step in range(1, 20)]
+    without, svg = (
+        curve_plot(plain, ["loss", "grad_norm"], "x"),
+        curve_plot(plain, ["loss", "grad_norm"], "x", marks(entries)),
+    )
+    assert svg.count(">1-2</text>") == svg.count(">3</text>") == 2  # in both panels
+    assert ">1-2</text>" not in without
+    page = incidents_table(entries)
+    assert page.count("<tr>") == 4
+    assert "z 20.1" in page
+    assert "<b>" not in page

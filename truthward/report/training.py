@@ -58,7 +58,7 @@ def curves(view: View) -> Html:
         parts.append(tag("h3", stage.name))
         empty = "no metrics were recorded" if stage.seen.run else stage.state
         parts.append(figure(svg, words) if svg else note(f"No curves: {empty}."))
-        parts += [_incidents(incidents), _time(rows)]
+        parts += [incidents_table(incidents), _time(rows)]
     return join(parts)
 
 
@@ -72,7 +72,7 @@ def marks(incidents: list[dict[str, Any]]) -> list[Mark]:
     return made
 
 
-def _incidents(incidents: list[dict[str, Any]]) -> Html:
+def incidents_table(incidents: list[dict[str, Any]]) -> Html:
     """What the guard found at which step, what that compares with, and what was done."""
     if not incidents:
         return Html("")
