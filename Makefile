@@ -34,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python bench/harness.py $(call latest,sft)
 	$(BIN)/python bench/trainers.py $(call latest,sft)
 	$(BIN)/python bench/synthetic.py
+	$(BIN)/python bench/guard.py
 	$(MAKE) bench-ppo
 
 # TRL took PPO out after 1.12, so that it gets an environment of its own; about half an hour on two cores

@@ -74,7 +74,7 @@ def run(recipe: Recipe, this: Run) -> None:
         train_dataset=rows,
     )
     with tracked(recipe, this) as tracker:
-        steps = fit(trainer, tracker, "distill")
+        steps = fit(trainer, tracker, "distill", recipe.guard)
     models.save(this, trainer.model)
     logged = [h for h in trainer.state.log_history if "loss" in h]
     last = {key: logged[-1][key] for key in ("loss", "shift")}

@@ -62,7 +62,7 @@ def run(recipe: Recipe, this: Run) -> None:
         peft_config=models.lora_config(table.lora_rank, table.lora_alpha, "SEQ_CLS") if table.tune == "lora" else None,
     )
     with tracked(recipe, this) as tracker:
-        steps = fit(trainer, tracker, "reward")
+        steps = fit(trainer, tracker, "reward", recipe.guard)
     scores = score_answers(trainer.model, held_out)
     right = [float(s[w] > s[loser]) for s, row in zip(scores, held_out, strict=True) for w, loser in row["pairs"]]
     questions = [p.source for group in validation for p in group]  # a question's pairs are one cluster

@@ -122,7 +122,7 @@ def run(recipe: Recipe, this: Run) -> None:
     )
     trainer.run, trainer.sft_coef = this, table.sft_coef
     with tracked(recipe, this) as tracker:
-        steps = fit(trainer, tracker, "dpo")
+        steps = fit(trainer, tracker, "dpo", recipe.guard)
     models.save(this, trainer.model)
     last = [h for h in trainer.state.log_history if "loss" in h][-1]
     this.finish(metrics={"pairs": pairs, "steps": steps, "loss": last["loss"], "accuracy": last["rewards/accuracies"]})

@@ -26,6 +26,7 @@ from rl.advantages import (
     token_rewards,
     whiten,
 )
+from rl.probe import Probe
 from rl.rewards import combine, open_sources, spread
 from rl.rollout import Batch, Sampler, draw_seed, prompt_order
 from rl.update import Learner, Scores, Targets
@@ -35,6 +36,10 @@ from truthward.branches import Item
 from truthward.console import progress, say
 from truthward.errors import UserError
 from truthward.guard import check_start
+from truthward.guard import rules as watched
+from truthward.guard.detectors import repeated_share
+from truthward.guard.interruptions import Watchdog, stop_on_request
+from truthward.guard.watch import Guard
 from truthward.ledger import Run, whole_directory
 from truthward.records import Prompt, read_demonstrations, read_rows
 from truthward.stage import main
@@ -51,6 +56,7 @@ class PpoRun:
 
     def __init__(self, recipe: Recipe, this: Run) -> None:
         self.recipe, self.run, self.table = recipe, this, recipe.ppo
+        self.guard = Guard(recipe.guard, this, watched.PPO)
         table, parents, base = recipe.ppo, this.manifest["parents"], this.parent("model")
         self.tokenizer = models.load_tokenizer(base)
         self.texts = [p.prompt for p in read_rows(table.prompts, Prompt)]
@@ -76,7 +82,8 @@ class PpoRun:
         self.trainable = {name: parameter for part in parts for name, parameter in part.items()}
         groups = [{"params": list(part.values())} for part in parts]
         optimizer = torch.optim.AdamW(groups, lr=table.learning_rate, eps=1e-5, weight_decay=0.0)
-        self.progress = state.load(this, self.trainable, optimizer, state.Progress(kl_coef=table.kl_coef))
+        self.optimizer = optimizer
+        self.restore()
         self.sampler = Sampler(
             actor_critic,
             self.tokenizer,
@@ -89,6 +96,17 @@ class PpoRun:
         self.actor_critic, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
         self.actor_critic.train()  # there is no dropout: training and sampling are the same function
         self.learner = Learner(self, ptx)
+        self.probe = Probe(recipe, self.actor_critic, self.tokenizer, self.accelerator.device)
+
+    def restore(self) -> None:
+        """Go to the newest checkpoint that is whole, or stand at the beginning."""
+        fresh = state.Progress(kl_coef=self.table.kl_coef)
+        self.progress = state.load(self.run, self.trainable, self.optimizer, fresh)
+
+    def save(self) -> None:
+        """Write a checkpoint, and how long the run took so far."""
+        state.save(self.run, self.progress, self.trainable, self.optimizer)
+        self.run.record()
 
     def iterate(self, bar: Any) -> dict[str, Any]:
         """One iteration; returns its metrics."""
@@ -109,7 +127,7 @@ class PpoRun:
                 answers=len(batch.answers),
             )
         self.progress.iteration += 1
-        return {**metrics, **self.work.metrics}
+        return {**metrics, **self.probe.after(self.progress.iteration), **self.work.metrics}
 
     def rollout(self, bar: Any) -> Batch:
         """Sample ``group_size`` answers to each of this iteration's prompts, each answer with a seed of its own."""
@@ -192,6 +210,7 @@ class PpoRun:
             "entropy": masked_mean(scores.entropy, mask),
             "answers/tokens": lengths.mean(),
             "answers/ended": batch.finished.float().mean(),
+            "answers/repeated": torch.tensor([repeated_share(ids) for ids in batch.answers]).mean(),
             "sampler_gap": masked_mean(gap.abs(), mask),
         }
         if self.table.advantage == "gae":
@@ -227,16 +246,36 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def train(ppo: PpoRun, tracker: Tracker, table: Ppo) -> None:
-    """All iterations that are left, with a checkpoint after each."""
-    tracker.resume_at(ppo.progress.iteration)
-    with progress() as bars:
-        task = bars.add_task("ppo", total=table.iterations, completed=ppo.progress.iteration)
+    """All iterations that are left under the guard, with a checkpoint after each at which it is calm.
+
+    Raises:
+        TrainingFault: the guard stopped it.
+        Interrupted: it was told to stop, and did so behind a checkpoint.
+    """
+    guard, at = ppo.guard, ppo.progress
+    tracker.resume_at(at.iteration)
+    guard.rebuild(read_metrics(ppo.run))
+    if at.iteration == 0:
+        ppo.save()  # so that there is always one to go back to
+    with progress() as bars, stop_on_request() as request, Watchdog(guard) as dog:
+        task = bars.add_task("ppo", total=table.iterations, completed=at.iteration)
         sampling = bars.add_task("  rollout", total=table.rollouts)
         while ppo.progress.iteration < table.iterations:
             bars.reset(sampling)
             metrics = ppo.iterate(lambda n: bars.advance(sampling, n))
-            tracker.log(ppo.progress.iteration, metrics)  # before the checkpoint: a row too many is dropped on resume
-            state.save(ppo.run, ppo.progress, ppo.trainable, ppo.optimizer)
+            at = ppo.progress
+            tracker.log(at.iteration, metrics)  # before the checkpoint: a row too many is dropped on resume
+            act = guard.observe({"step": at.iteration, **metrics})
+            if guard.calm:
+                ppo.save()
+            dog.beat(at.iteration)
+            request.obey(guard, at.iteration)
+            if act == "stopped":
+                raise guard.fault()
+            if act:
+                ppo.restore()
+                tracker.resume_at(ppo.progress.iteration)
+                guard.rebuild(read_metrics(ppo.run))
             bars.update(task, completed=ppo.progress.iteration, description=f"ppo score {metrics['score/normalised']:+.2f}")
 
 

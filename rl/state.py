@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from truthward.guard.storage import newest_whole
 from truthward.ledger import Run, whole_directory, write_json
 
 
@@ -45,15 +45,18 @@ def save(run: Run, progress: Progress, trainable: dict[str, nn.Parameter], optim
 
 
 def load(run: Run, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fresh: Progress) -> Progress:
-    """Restore the newest checkpoint into the parameters and the optimizer; the fresh start if there is none."""
+    """Restore the newest whole checkpoint into the parameters and the optimizer; the fresh start if there is none."""
     found = sorted(p for p in (run.path / "checkpoints").glob("iteration-*") if (p / "progress.json").exists())
-    if not found:
+    newest = newest_whole(found, run)
+    if newest is None:
         return fresh
-    weights, moments = load_file(found[-1] / "weights.safetensors"), load_file(found[-1] / "optimizer.safetensors")
+    weights, moments = load_file(newest / "weights.safetensors"), load_file(newest / "optimizer.safetensors")
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(weights[name])
             state = {k.split("|")[1]: v for k, v in moments.items() if k.split("|")[0] == name}
             if state:
                 optimizer.state[parameter] = state
-    return Progress(**json.loads((Path(found[-1]) / "progress.json").read_text()))
+            else:  # a first step makes it
+                optimizer.state.pop(parameter, None)
+    return Progress(**json.loads((newest / "progress.json").read_text()))

@@ -29,7 +29,8 @@ from rl.losses import (
 from rl.rollout import Batch, draw_seed
 from rl.state import Progress
 from truthward.branches import Forest, Item, plant
-from truthward.guard import check_finite, check_start
+from truthward.guard import check_start
+from truthward.guard.rules import NOT_FINITE
 
 if TYPE_CHECKING:
     from rl.ppo import PpoRun
@@ -73,13 +74,13 @@ class Learner:
     def __init__(self, ppo: PpoRun, ptx: list[Item]) -> None:
         self.actor_critic, self.optimizer, self.accelerator = ppo.actor_critic, ppo.optimizer, ppo.accelerator
         self.table, self.seed, self.run = ppo.table, ppo.recipe.seed, ppo.run
-        self.trainable, self.ptx, self.exact = ppo.trainable, ptx, ppo.dtype == torch.float32
+        self.trainable, self.ptx, self.exact, self.guard = ppo.trainable, ptx, ppo.dtype == torch.float32, ppo.guard
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, progress: Progress) -> dict[str, float]:
         """Passes of minibatches; stops early when the policy has moved ``target_kl`` from where it sampled.
 
         Returns:
-            means over the steps; ``ratio/max`` is the largest.
+            means over the steps that were taken; ``ratio/max`` is the largest, ``skipped`` how many were not.
         """
         table, steps = self.table, []
         size = len(batch.answers) // table.minibatches
@@ -173,9 +174,13 @@ class Learner:
         return {"loss/ptx": total}
 
     def _step(self, progress: Progress) -> float:
+        """Step on what :meth:`minibatch` left, or drop it where it is not finite: clipping has spread the NaN by then."""
         norm = float(self.accelerator.clip_grad_norm_(self.trainable.values(), self.table.max_grad_norm))
-        check_finite("gradient norm", norm, progress.step, self.run)
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            evidence = {"metric": "grad_norm", "value": str(norm), "optimizer_step": progress.step}
+            self.guard.record(NOT_FINITE, progress.iteration + 1, "skipped", **evidence)
         self.optimizer.zero_grad()
         progress.step += 1
         return norm
@@ -188,7 +193,7 @@ class Learner:
         factor = (step + 1) / warm if step < warm else (total - step) / (total - warm)
         rates = (table.learning_rate, table.value_learning_rate or table.learning_rate)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
-            group["lr"] = rate * min(1.0, factor)
+            group["lr"] = rate * min(1.0, factor) * self.guard.rate
 
     def _flat(self, batch: Batch, rows: list[int], *values: Tensor) -> list[Tensor]:
         """``[B, C]`` tensors as the forest of these rows has its tokens ``[N]``, on its device."""
@@ -197,6 +202,7 @@ class Learner:
 
 
 def _summary(steps: list[dict[str, float]], planned: int) -> dict[str, float]:
-    names = steps[0].keys()
-    means = {n: (max if n == "ratio/max" else statistics.fmean)([step[n] for step in steps]) for n in names}
-    return {**means, "steps": len(steps), "stopped_early": float(len(steps) < planned)}
+    taken = [step for step in steps if math.isfinite(step["grad_norm"])]
+    means = {n: (max if n == "ratio/max" else statistics.fmean)([s[n] for s in taken or steps]) for n in steps[0]}
+    skipped = len(steps) - len(taken)
+    return {**means, "steps": len(steps), "skipped": skipped, "stopped_early": float(len(steps) < planned)}

@@ -41,7 +41,7 @@ def run(recipe: Recipe, this: Run) -> None:
         peft_config=models.lora_config(table.lora_rank, table.lora_alpha) if table.tune == "lora" else None,
     )
     with tracked(recipe, this) as tracker:
-        steps = fit(trainer, tracker, "sft")
+        steps = fit(trainer, tracker, "sft", recipe.guard)
     models.save(this, trainer.model)
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     this.finish(metrics={"rows": len(rows), "steps": steps, "first_loss": losses[0], "last_loss": losses[-1]})

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from fault_lab import SFT, STEPS
 from hypothesis import settings
 from lab import PARENTS, Lab, furnish, sharpen
 
 from truthward import models
 from truthward.branches import attend_by_tree
+from truthward.ledger import Run
+from truthward.tracking import read_metrics
 
 torch.set_num_threads(1)
 settings.register_profile("plain", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -44,6 +47,21 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     for stage in PARENTS:
         made.run(stage)
     return made
+
+
+@pytest.fixture(scope="session")
+def undisturbed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """SFT of :mod:`fault_lab` without a fault."""
+    run = lab.copy(tmp_path_factory.mktemp("undisturbed") / "runs").run("sft", *SFT)
+    assert run.manifest["incidents"] == []
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, STEPS + 1))
+    return run
+
+
+@pytest.fixture
+def copy(lab: Lab, tmp_path: Path) -> Lab:
+    """The lab with its runs in a folder of this test's own."""
+    return lab.copy(tmp_path / "runs")
 
 
 @pytest.fixture(autouse=True)

@@ -65,6 +65,7 @@ def read_data(recipe: Recipe) -> None:
         ("reward", recipe.reward.validation, Question),
         ("reward", recipe.reward.principle_bank, Pair),
         ("ppo", recipe.ppo.prompts, Prompt),
+        *([("ppo", recipe.reward.validation, Question)] if recipe.guard.probe_every else []),
         *(("base", bank_path(recipe, name), BANKS[BANK_OF.get(name, name)]) for name in ("truth", *recipe.evals.sets)),
         *([("base", labels_path(recipe), Labelled)] if "open" in recipe.evals.sets else []),
         ("base", recipe.evals.style_bank, Question),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,13 +110,26 @@ def _stage(recipe: Recipe, module: str, name: str, arguments: list[str], overrid
     if recipe.launch.ranks > 1 and module in ("sft", "distill", "reward", "dpo"):
         starter = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={recipe.launch.ranks}", "-m"]
     only = ["--only", name, "--override", override] if module == "evals" else []
-    code = subprocess.run([*starter, CODE.get(module, module), *arguments, *only], check=False).returncode
+    code = _wait([*starter, CODE.get(module, module), *arguments, *only])
     if code == GateFailed.exit_code:
         raise GateFailed(f"stopped after {name}: the model became worse than its parent (see above and the report)")
     if code:
         error = UserError(f"stage {name} ended with exit code {code}", fix="see its message above; the same command goes on")
         error.exit_code = code if code > 0 else 1
         raise error
+
+
+def _wait(words: list[str]) -> int:
+    """Run a command to its end. A SIGTERM is passed on to it: it ends behind a checkpoint, and this process after it."""
+    with subprocess.Popen(words) as process:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+        try:
+            return process.wait()
+        except BaseException:  # as subprocess.run does
+            process.kill()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _blocked(path: Path) -> bool:

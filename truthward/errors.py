@@ -29,3 +29,9 @@ class TrainingFault(Exception):
     """The guard stopped a run: the loss or a probability is not what it can be. Exit code 4; resumes from checkpoint."""
 
     exit_code = 4
+
+
+class Interrupted(Exception):
+    """The run was told to stop (SIGTERM) and did so behind a checkpoint. Exit code 143, as of a process that died of it."""
+
+    exit_code = 143

@@ -24,7 +24,7 @@ from truthward import provenance
 from truthward.errors import UserError
 from truthward.fingerprint import by_content, code_of, digest, hash_code, hash_path, named_path
 from truthward.reading import parse_json, read_text
-from truthward.recipe import DATA_KEYS, bank_path, judge_settings, labels_path, ppo_base, sets_of, settings
+from truthward.recipe import DATA_KEYS, bank_path, guard_settings, judge_settings, labels_path, ppo_base, sets_of, settings
 from truthward.recorded import require_manifest
 from truthward.redaction import clean
 from truthward.tables import MODEL_STAGES, Recipe
@@ -36,6 +36,7 @@ CODE = {  # stage -> module; the others are their own name
     "ppo": "rl.ppo",
 }
 KEPT = "kept"  # beside the run directories: data and code as they were, by content hash
+TRAINED = ("sft", "distill", "reward", "dpo", "ppo")  # stages that the guard watches
 
 
 # ---------------------------------------------------------------------------------------------------- atomic writing
@@ -45,11 +46,15 @@ def write_text(path: Path, text: str) -> None:
     """Write all of a file or none of it, even when killed between any two instructions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -63,9 +68,13 @@ def whole_directory(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    yield scratch
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(scratch, path)
+    try:
+        yield scratch
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(scratch, path)
+    except Exception:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 # -------------------------------------------------------------------------------------------------------------- plan
@@ -114,6 +123,8 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
     values, compute = settings(recipe, "model" if stage == "base" else stage), settings(recipe, "model")
     if stage == "constitution":
         values = {**values, "judge": judge_settings(recipe)}
+    if stage in TRAINED:
+        values = {**values, "guard": guard_settings(recipe)}
     data = {path: hash_path(path) for path in dict.fromkeys(_reads(recipe, name, stage))}
     if stage != "base":
         del compute["base"]  # it counts through the parents
@@ -141,6 +152,7 @@ def _reads(recipe: Recipe, name: str, stage: str) -> list[str]:
         paths.append(recipe.model.base)
     if stage == "ppo":  # a reward function's file, a classifier's folder; a hub id is no path
         paths += [path for source in recipe.ppo.rewards if source != "reward" and (path := named_path(source))]
+        paths += [recipe.reward.validation] * (recipe.guard.probe_every > 0)
     return paths
 
 
@@ -158,6 +170,7 @@ class Run:
 
     path: Path
     manifest: dict[str, Any] = field(default_factory=dict)
+    entered: float = field(default_factory=time.monotonic, compare=False)  # a clock that nobody sets
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -203,8 +216,9 @@ class Run:
         return complete(self.path.parent / name)
 
     def record(self, **values: Any) -> None:
-        """Add to the manifest and write it."""
+        """Add to the manifest and write it; while the run goes on, with the seconds that it has taken so far."""
         self.manifest |= clean(values)
+        self.manifest |= {"seconds": self._seconds()} if self.manifest.get("status") == "running" else {}
         write_json(self.path / "manifest.json", self.manifest)
 
     def incident(self, kind: str, **details: Any) -> None:
@@ -219,10 +233,11 @@ class Run:
 
     def finish(self, **values: Any) -> None:
         """The last write of a stage: everything it made is on disk before ``complete`` is."""
-        begun = self.manifest.get("seconds_before", 0) + time.time() - self.manifest["session_start"]
-        self.record(
-            **values, seconds=round(begun, 1), peak_memory_gb=_peak_memory_gb(), finished=provenance.now(), status="complete"
-        )
+        closing = {"seconds": self._seconds(), "peak_memory_gb": _peak_memory_gb(), "finished": provenance.now()}
+        self.record(**values, **closing, status="complete")
+
+    def _seconds(self) -> float:
+        return round(self.manifest.get("seconds_before", 0) + time.monotonic() - self.entered, 1)
 
 
 @contextlib.contextmanager
@@ -254,9 +269,6 @@ def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
 def _start(recipe: Recipe, this: Planned) -> Run:
     run = Run.find(this.path)
     if not run.done:
-        before = run.manifest.get("seconds_before", 0)
-        if run.manifest:
-            before += max(0.0, _last_write(this.path) - run.manifest["session_start"])
         run.record(
             stage=this.stage,
             status="running",
@@ -267,8 +279,7 @@ def _start(recipe: Recipe, this: Planned) -> Run:
             seed=recipe.seed,
             started=run.manifest.get("started", provenance.now()),
             resumed=run.manifest.get("resumed", -1) + 1,
-            session_start=time.time(),
-            seconds_before=before,
+            seconds_before=run.manifest.get("seconds", 0.0) + _unrecorded(this.path),
             incidents=run.manifest.get("incidents", []),
             sources=provenance.sources(this.data),
             code=_keep(this, run.path.parent / KEPT),
@@ -315,8 +326,11 @@ def complete(path: Path) -> Run:
     return run
 
 
-def _last_write(path: Path) -> float:
-    return max((p.stat().st_mtime for p in path.rglob("*") if p.name != ".lock"), default=0.0)
+def _unrecorded(path: Path) -> float:
+    """Seconds between the manifest's last write and the last of all: what a killed run did that is not on record."""
+    times = {p: p.stat().st_mtime for p in path.rglob("*") if p.name != ".lock"}
+    manifest = times.get(path / "manifest.json")
+    return 0.0 if manifest is None else max(times.values()) - manifest
 
 
 def _peak_memory_gb() -> float:

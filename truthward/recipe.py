@@ -84,6 +84,11 @@ def judge_settings(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k == "base_url" or k not in Server.model_fields}
 
 
+def guard_settings(recipe: Recipe) -> dict[str, Any]:
+    """What of ``[guard]`` can change a result: all but when a step counts as hung."""
+    return {k: v for k, v in settings(recipe, "guard").items() if not k.startswith("hang_")}
+
+
 def sets_of(recipe: Recipe, stage: str) -> list[str]:
     """What a stage's model is measured on."""
     return ["truth"] if stage in recipe.evals.brief else list(recipe.evals.sets)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from truthward.console import inert, plain, say
-from truthward.errors import GateFailed, TrainingFault, UserError
+from truthward.errors import GateFailed, Interrupted, TrainingFault, UserError
+from truthward.guard.storage import refusal
 from truthward.ledger import Run, is_done, open_run, plan
 from truthward.reasons import require_reasons
 from truthward.recipe import load_recipe
 from truthward.redaction import without_secrets
 from truthward.tables import Recipe
 
-UNWRITABLE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 Work = Callable[[Recipe, Run], None]
 
 
@@ -34,16 +33,17 @@ def guarded(work: Callable[[], None]) -> int:
     """Run and turn the errors that a user can meet into one clear message and an exit code."""
     try:
         work()
-    except (UserError, GateFailed, TrainingFault) as error:
+    except (UserError, GateFailed, TrainingFault, Interrupted) as error:
         print(f"error: {inert(without_secrets(str(error)))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
+    except Exception as error:
+        refused = refusal(error)
+        if not refused:
             raise
-        said = f"{inert(str(error))}\n  to do: make room, give write permission or take another path; run the same command"
+        said = f"{inert(refused)}\n  to do: make room, give write permission or take another path; run the same command"
         print(f"error: {said}", file=sys.stderr)
         return 2
     return 0

@@ -244,6 +244,30 @@ class Evals(Table):
     tokens_a_batch: int = Field(2048, ge=64, description="tokens scored in one forward pass")
 
 
+class Guard(Table):
+    """When the guard steps in during training. ``docs/guard.md`` says why each default has its value."""
+
+    spike: float = Field(10.0, gt=0, description="robust z-score from which a loss or gradient norm is a spike")
+    window: int = Field(32, ge=8, description="calm steps that a spike is measured against")
+    warmup: int = Field(10, ge=4, description="calm steps before spikes are looked for")
+    patience: int = Field(3, ge=1, description="findings in a row before it goes back or stops")
+    skips: int = Field(20, ge=1, description="spiking batches in a row left out after that, before it does so again")
+    rollbacks: int = Field(2, ge=0, description="most times that a stage goes back to a checkpoint before it stops")
+    rate_factor: float = Field(0.5, gt=0, le=1, description="the rate is multiplied by this each time")
+    entropy_least: float = Field(0.3, ge=0, description="PPO's entropy may fall to this share of the first iterations'")
+    repeated_rise: float = Field(0.3, ge=0, description="the share of repeated 4-grams may rise by this")
+    kl_most: float = Field(1.0, gt=0, description="KL to the reference may reach this, in nats a token")
+    length_most: float = Field(2.0, gt=1, description="answers may be this many times as long as the first iterations'")
+    length_correlation: float = Field(0.8, gt=0, description="score and length of growing answers may correlate this much")
+    gap_most: float = Field(0.2, gt=0, description="sampler and trainer may differ by this, in nats a token")
+    critic_patience: int = Field(10, ge=1, description="iterations in which the critic may explain nothing")
+    probe_every: int = Field(10, ge=0, description="iterations between looks at held-out truthfulness; 0: none")
+    probe_questions: int = Field(16, ge=2, description="questions of reward.validation that are looked at, drawn by seed")
+    truth_fall: float = Field(0.03, ge=0, description="held-out MC2 may fall by this while the score rises")
+    hang_factor: float = Field(20.0, gt=1, description="a step may take this many times as long as the median one")
+    hang_seconds: float = Field(1800.0, gt=0, description="and may always take this long")
+
+
 class Launch(Table):
     ranks: int = Field(1, ge=1, description="processes on this host")
     deepspeed: str | None = Field(None, description="DeepSpeed configuration (JSON)")
@@ -273,6 +297,7 @@ class Recipe(Table):
     reward: Reward = Reward()
     dpo: Dpo = Dpo()
     ppo: Ppo = Ppo()
+    guard: Guard = Guard()
     evals: Evals = Evals()
     launch: Launch = Launch()
 

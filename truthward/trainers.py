@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,22 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from truthward import chat
+from truthward import chat, tables
 from truthward.branches import Forest, Item, plant
 from truthward.console import progress
 from truthward.errors import UserError
-from truthward.guard import check_finite
+from truthward.guard.interruptions import Watchdog, stop_on_request
+from truthward.guard.rules import TRAINER
+from truthward.guard.storage import newest_whole
+from truthward.guard.trainer import Guarding
+from truthward.guard.watch import Guard
 from truthward.ledger import Run
 from truthward.products import quicken
 from truthward.reading import refused_pickles
 from truthward.recipe import exact_div
 from truthward.records import Preference
 from truthward.tables import Launch, Training
-from truthward.tracking import Tracker
+from truthward.tracking import Tracker, read_metrics
 
 datasets.disable_progress_bars()
 
@@ -58,15 +61,20 @@ def trainer_arguments(table: Training, launch: Launch, run: Run, seed: int) -> d
     }
 
 
-def fit(trainer: Any, tracker: Tracker, description: str) -> int:
-    """Train to the end, from the last whole checkpoint if there is one.
+def fit(trainer: Any, tracker: Tracker, description: str, table: tables.Guard) -> int:
+    """Train to the end under the guard, from the last whole checkpoint if there is one.
+
+    Args:
+        trainer: of TRL or transformers, its arguments from :func:`trainer_arguments`.
+        table: the recipe's ``[guard]``.
 
     Returns:
         the number of optimizer steps of the whole run.
 
     Raises:
         UserError: there are fewer rows than a micro-batch.
-        TrainingFault: a loss or gradient is not finite.
+        TrainingFault: the guard stopped it.
+        Interrupted: it was told to stop, and did so behind a checkpoint.
     """
     rows, micro = len(trainer.train_dataset), trainer.args.per_device_train_batch_size
     if rows < micro * trainer.args.world_size:
@@ -75,34 +83,46 @@ def fit(trainer: Any, tracker: Tracker, description: str) -> int:
             where=f"{description}.micro_batch_size",
             fix="give more rows, or lower micro_batch_size and batch_size",
         )
-    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
-    tracker.resume_at(_step(checkpoint) if checkpoint else 0)
     for callback in ("PrinterCallback", "ProgressCallback"):
         for held in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == callback]:
             trainer.remove_callback(held)
-    trainer.add_callback(_Report(tracker, description))
     quicken(trainer.model)  # the adapters that the trainer added
     trainer.create_model_card = lambda *args, **kwargs: None  # the record is ours, at export
-    with refused_pickles(str(checkpoint)):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer.state.global_step
+    guard = Guard(table, tracker.run, TRAINER)
+    with stop_on_request() as request, Watchdog(guard, trainer.args.process_index) as dog:
+        guarding = Guarding(trainer, guard, request, dog)
+        trainer.add_callback(guarding)
+        trainer.add_callback(_Report(tracker, description))
+        while True:
+            checkpoint = newest_whole(_checkpoints(Path(trainer.args.output_dir)), tracker.run)
+            tracker.resume_at(_step(checkpoint) if checkpoint else 0)
+            guard.rebuild(read_metrics(tracker.run))
+            try:
+                with refused_pickles(str(checkpoint)):
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except Exception:
+                _drop_unfinished(Path(trainer.args.output_dir))  # on a full disk they hold the room that is needed
+                raise
+            request.obey(guard, trainer.state.global_step)
+            if guarding.act == "stopped":
+                raise guard.fault()
+            if guarding.act is None:
+                return trainer.state.global_step
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (the trainer's state is its last file)."""
-    return max((p for p in folder.glob("checkpoint-*") if _readable(p)), key=_step, default=None)
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that were written to their end, the oldest first: the trainer's state is a checkpoint's last file."""
+    return sorted((p.parent for p in folder.glob("checkpoint-*/trainer_state.json")), key=_step)
+
+
+def _drop_unfinished(folder: Path) -> None:
+    whole = set(_checkpoints(folder))
+    for checkpoint in set(folder.glob("checkpoint-*")) - whole:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
-
-
-def _readable(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def refuse_long(lengths: list[int], limit: int, what: str, key: str) -> None:
@@ -155,23 +175,20 @@ def plant_pairs(rows: list[dict[str, Any]]) -> tuple[Forest, dict[str, Tensor]]:
 
 
 class _Report(TrainerCallback):
-    """Writes each step's metrics, moves the bar, and stops the run on a loss that is not finite."""
+    """Writes each step's metrics and moves the bar."""
 
     def __init__(self, tracker: Tracker, description: str) -> None:
         self.tracker, self.description = tracker, description
-        self.bar = progress()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = progress()
         self.bar.start()
         self.task = self.bar.add_task(self.description, total=state.max_steps, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        for name in ("loss", "grad_norm"):
-            check_finite(name, float(logs.get(name, 0.0)), state.global_step, self.tracker.run)
-        numbers = {k: float(v) for k, v in logs.items() if isinstance(v, int | float) and math.isfinite(float(v))}
-        self.tracker.log(state.global_step, numbers)
+        self.tracker.log(state.global_step, {k: float(v) for k, v in logs.items() if isinstance(v, int | float)})
         self.bar.update(self.task, completed=state.global_step, description=f"{self.description} loss {logs['loss']:.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

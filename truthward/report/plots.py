@@ -6,7 +6,7 @@ import html
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -145,8 +145,21 @@ def confidence_plot(points: Mapping[str, tuple[Sequence[float], Sequence[float]]
         return _svg(figure, name, f"share of right answers by confidence: {', '.join(points)}")
 
 
-def curve_plot(rows: Sequence[dict[str, Any]], keys: Sequence[str], name: str) -> str:
-    """A small panel for each key that the rows hold, against the step; empty when they hold none of them."""
+class Mark(NamedTuple):
+    """Something that happened at a step: its label, and in the panel of which metric it was seen with what value."""
+
+    step: int
+    label: str
+    metric: str
+    value: float | None
+
+
+def curve_plot(rows: Sequence[dict[str, Any]], keys: Sequence[str], name: str, marks: Sequence[Mark] = ()) -> str:
+    """A small panel for each key that the rows hold, against the step; empty when they hold none of them.
+
+    Args:
+        marks: drawn as lines across every panel, and as a cross where the value lies within its metric's.
+    """
     panels = {key: points for key in keys if (points := _series(rows, key))[0]}
     if not panels:
         return ""
@@ -156,7 +169,8 @@ def curve_plot(rows: Sequence[dict[str, Any]], keys: Sequence[str], name: str) -
         axes = np.atleast_1d(figure.subplots(lines, COLUMNS)).ravel()
         for axis, (key, (steps, values)) in zip(axes, panels.items(), strict=False):
             _curve(axis, steps, values)
-            axis.set_title(key, loc="left")
+            _mark(axis, key, marks)
+            axis.set_title(key, loc="left", pad=14 if marks else None)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         return _svg(figure, name, f"{', '.join(panels)} by step")
@@ -177,6 +191,18 @@ def _curve(axis: Axes, steps: list[float], values: list[float]) -> None:
         axis.plot(np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid"), color=ACCENT, linewidth=1.8)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
+
+
+def _mark(axis: Axes, key: str, marks: Sequence[Mark]) -> None:
+    labels: dict[int, list[str]] = {}
+    for mark in marks:
+        labels.setdefault(mark.step, []).append(mark.label)
+        if mark.metric == key and mark.value is not None:
+            axis.plot([mark.step], [mark.value], color=INK, marker="x", markersize=6, linestyle="")
+    for step, found in labels.items():
+        axis.axvline(step, color=INK, linewidth=0.9, linestyle=DASHES[1])
+        text = found[0] if len(found) == 1 else f"{found[0]}-{found[-1]}"
+        axis.annotate(text, (step, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:
