@@ -125,12 +125,14 @@ class History:
         if name == "constitution":
             made = {"principle": ["plain-words"], "source": "constitution/p/samples", "probability": 0.7, "seed": 3}
             write(run.path / "preferences.jsonl", preference("gold", **made, model="m"))
-            run.record(judge={"chosen": {"plain-words": "contrast"}})
+            run.record(judge={"methods": {}, "principles": {"plain-words": {}}, "chosen": {"plain-words": "contrast"}})
         if run.stage == "evals":
             score = {"mean": mc1 if name == "evals-dpo" else 0.3, "low": 0.2, "high": 0.6, "n": 2}
             metrics = {"truth.mc1": score, "truth.mc2": score, "truth.pairs": score, "persona.kept": {**score, "mean": 0.9}}
-            against = {"stage": "sft", "differences": {m: {**score, "low": 0.1} for m in metrics}}
-            value = {"model": parents["model"], "stage": name, "metrics": metrics, "items": []}
+            change = {**score, "low": 0.1, "p_corrected": 0.5, "detectable": 0.2}
+            against = {"stage": "sft", "differences": dict.fromkeys(metrics, change), "flipped": []}
+            value = {"model": parents["model"], "stage": name.removeprefix("evals-"), "metrics": metrics, "items": []}
+            value |= {"bank": "bank", "about": {}, "by_topic": {}}
             write_json(run.path / "evals.json", value | ({"against_parent": against} if name == "evals-dpo" else {}))
             run.record(gate={"mode": "block" if mc1 < 0.35 else "off", "text": "truth.mc1 fell"})
         run.finish(metrics={"loss": 0.5})
@@ -196,7 +198,7 @@ def test_the_manifest_says_who_gave_each_reason_and_when(made):
 def test_an_override_is_by_whoever_launches(made, tmp_path):
     history, _, _ = made
     recipe = load_recipe(history.recipe, ["dpo.beta=0.2"], "between the two that were tried")
-    found = provenance.launch(*recipe.origin)
+    found = provenance.launch(recipe.origin)
     assert found["launched"]["overrides"] == ["dpo.beta=0.2"]
     assert found["authors"]["dpo.beta"] == {"by": provenance.who(), "at": provenance.now()[:10], "commit": ""}
     assert found["authors"]["sft.data"]["by"] == "Ada Example"
@@ -278,7 +280,9 @@ def test_a_manifest_that_cannot_be_read_is_set_aside(made, tmp_path):
 
 def test_lineage_ends_where_damaged_manifests_name_each_other(tmp_path):
     for name, parent in (("a-1", "b-1"), ("b-1", "a-1")):
-        write_json(tmp_path / name / "manifest.json", {"stage": name[0], "parents": {"model": parent}})
+        recipe = {"name": "x", "stages": ["sft"], "model": {"base": "x"}}
+        manifest = {"stage": name[0], "status": "complete", "parents": {"model": parent}, "recipe": recipe}
+        write_json(tmp_path / name / "manifest.json", manifest)
     assert [r.path.name for r in lineage(Run.load(tmp_path / "a-1"))] == ["b-1", "a-1"]
 
 

@@ -283,7 +283,7 @@ def _start(recipe: Recipe, this: Planned) -> Run:
             incidents=run.manifest.get("incidents", []),
             sources=provenance.sources(this.data),
             code=_keep(this, run.path.parent / KEPT),
-            **provenance.launch(recipe.origin.path, recipe.origin.overrides, recipe.origin.why),
+            **provenance.launch(recipe.origin),
             **provenance.surroundings(),
         )
     return run

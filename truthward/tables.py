@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
@@ -273,12 +274,13 @@ class Launch(Table):
     deepspeed: str | None = Field(None, description="DeepSpeed configuration (JSON)")
 
 
-class Origin(NamedTuple):
-    """Where a recipe came from: its file, what the command line changed, and the reason for that."""
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe came from: its file, what the command line changed, and why. Recipes do not differ by it."""
 
-    path: str = ""
-    overrides: tuple[str, ...] = ()
-    why: str = ""
+    path: str = field(default="", compare=False)
+    overrides: tuple[str, ...] = field(default=(), compare=False)
+    why: str = field(default="", compare=False)
 
 
 class Recipe(Table):

@@ -39,8 +39,10 @@ def lineage(run: Run) -> list[Run]:
 
 def newest_evals(run: Run) -> dict[str, Any] | None:
     """The newest complete evals of this very model."""
-    found = evals_runs(run)
-    return read_evals(found[-1].path / "evals.json") if found else None
+    for found in reversed(evals_runs(run)):
+        with contextlib.suppress(UserError):  # of another version, or damaged
+            return read_evals(found.path / "evals.json")
+    return None
 
 
 def evals_runs(run: Run) -> list[Run]:
