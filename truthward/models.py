@@ -103,7 +103,7 @@ def refuse_code(folder: str | Path, where: str) -> None:
     """
     for name in ("config.json", "tokenizer_config.json", "adapter_config.json"):
         file = Path(folder) / name
-        values = parse_json(read_text(file), str(file)) if os.path.isfile(file) else {}
+        values = parse_json(read_text(file), str(file), ours=False) if os.path.isfile(file) else {}
         named = [key for key in CODE_KEYS if isinstance(values, dict) and values.get(key)]
         if named:
             fix = "take a model of a class that transformers has; no code of a model is ever run"
