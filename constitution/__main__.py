@@ -28,6 +28,7 @@ from truthward.records import Preference, Prompt, Revision, draw, read_pairs, re
 from truthward.redaction import clean
 from truthward.stage import main
 from truthward.tables import Recipe
+from truthward.tracking import tracked
 
 GROUP = 32  # prompts between two writes
 
@@ -58,9 +59,9 @@ def run(recipe: Recipe, this: Run) -> None:
     helped = sum(r.helped for r in revisions)
     rate = sum(len(g["revisions"]) + len(g["preferences"]) for g in done[before:]) / max(seconds, 1e-9)
     say(f"  {helped} of {len(revisions)} revisions helped; {len(preferences)} preferences; {rate:.1f} rows/s")
-    this.finish(
-        metrics={"prompts": len(prompts), "revisions": len(revisions), "helped": helped, "preferences": len(preferences)}
-    )
+    counts = {"prompts": len(prompts), "revisions": len(revisions), "helped": helped, "preferences": len(preferences)}
+    with tracked(recipe, this):
+        this.finish(metrics=counts)
 
 
 def open_workshop(recipe: Recipe, this: Run) -> Workshop:

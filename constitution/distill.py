@@ -75,10 +75,10 @@ def run(recipe: Recipe, this: Run) -> None:
     )
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "distill", recipe.guard)
-    models.save(this, trainer.model)
-    logged = [h for h in trainer.state.log_history if "loss" in h]
-    last = {key: logged[-1][key] for key in ("loss", "shift")}
-    this.finish(metrics={"prompts": len(rows), "tokens": tokens, "steps": steps, **last})
+        models.save(this, trainer.model)
+        logged = [h for h in trainer.state.log_history if "loss" in h]
+        last = {key: logged[-1][key] for key in ("loss", "shift")}
+        this.finish(metrics={"prompts": len(rows), "tokens": tokens, "steps": steps, **last})
 
 
 def chosen(table: Distill) -> list[Principle]:

@@ -22,6 +22,7 @@ from truthward.records import Prompt, Question, draw, read_rows
 from truthward.stage import main
 from truthward.stats import Interval
 from truthward.tables import Recipe
+from truthward.tracking import tracked
 
 UNTRAINED = 32  # questions of a set that a model of random weights is asked
 COMPARED = {"parent": "against_parent", "base": "against_base"}
@@ -84,7 +85,8 @@ def run(recipe: Recipe, this: Run) -> None:
     write_json(this.path / "evals.json", result)
     _report(result)
     gate = comparison.verdict(table, result.get("against_parent"), result.get("against_base"))
-    this.finish(metrics={n: i for n, i in result["metrics"].items() if i}, gate=gate)
+    with tracked(recipe, this):
+        this.finish(metrics={n: i for n, i in result["metrics"].items() if i}, gate=gate)
     enforce(recipe, this)
 
 

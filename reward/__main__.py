@@ -63,22 +63,22 @@ def run(recipe: Recipe, this: Run) -> None:
     )
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "reward", recipe.guard)
-    scores = score_answers(trainer.model, held_out)
-    right = [float(s[w] > s[loser]) for s, row in zip(scores, held_out, strict=True) for w, loser in row["pairs"]]
-    questions = [p.source for group in validation for p in group]  # a question's pairs are one cluster
-    accuracy = stats.mean_interval(right, clusters=questions, resamples=recipe.evals.resamples, seed=recipe.seed)
-    with whole_directory(this.model_dir) as folder:
-        whole = trainer.model if table.tune == "lora" else sequence_classifier(trainer.model)
-        whole.save_pretrained(folder)
-        models.save_head(folder, weight=head_of(trainer.model))
-    say(f"  validation accuracy {accuracy}")
-    self_check(scores)
-    metrics = {"pairs": pairs, "prompts": len(rows), "steps": steps, "validation_accuracy": accuracy.as_dict()}
-    labelled = read_pairs(table.principle_bank, table.principle_pairs)
-    margins = measure(trainer.model, tokenizer, labelled)
-    write_rows(this.path / "margins.jsonl", margins)
-    flat = [pair for pairs in labelled.values() for pair in pairs]
-    this.finish(metrics=metrics | by_principle(margins, flat, recipe.evals.resamples, recipe.seed))
+        scores = score_answers(trainer.model, held_out)
+        right = [float(s[w] > s[loser]) for s, row in zip(scores, held_out, strict=True) for w, loser in row["pairs"]]
+        questions = [p.source for group in validation for p in group]  # a question's pairs are one cluster
+        accuracy = stats.mean_interval(right, clusters=questions, resamples=recipe.evals.resamples, seed=recipe.seed)
+        with whole_directory(this.model_dir) as folder:
+            whole = trainer.model if table.tune == "lora" else sequence_classifier(trainer.model)
+            whole.save_pretrained(folder)
+            models.save_head(folder, weight=head_of(trainer.model))
+        say(f"  validation accuracy {accuracy}")
+        self_check(scores)
+        metrics = {"pairs": pairs, "prompts": len(rows), "steps": steps, "validation_accuracy": accuracy.as_dict()}
+        labelled = read_pairs(table.principle_bank, table.principle_pairs)
+        margins = measure(trainer.model, tokenizer, labelled)
+        write_rows(this.path / "margins.jsonl", margins)
+        flat = [pair for pairs in labelled.values() for pair in pairs]
+        this.finish(metrics=metrics | by_principle(margins, flat, recipe.evals.resamples, recipe.seed))
 
 
 def measure(model: Any, tokenizer: Any, labelled: dict[str, list[Pair]]) -> list[Margin]:

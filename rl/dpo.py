@@ -123,9 +123,9 @@ def run(recipe: Recipe, this: Run) -> None:
     trainer.run, trainer.sft_coef = this, table.sft_coef
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "dpo", recipe.guard)
-    models.save(this, trainer.model)
-    last = [h for h in trainer.state.log_history if "loss" in h][-1]
-    this.finish(metrics={"pairs": pairs, "steps": steps, "loss": last["loss"], "accuracy": last["rewards/accuracies"]})
+        models.save(this, trainer.model)
+        last = [h for h in trainer.state.log_history if "loss" in h][-1]
+        this.finish(metrics={"pairs": pairs, "steps": steps, "loss": last["loss"], "accuracy": last["rewards/accuracies"]})
 
 
 if __name__ == "__main__":

@@ -292,10 +292,10 @@ def run(recipe: Recipe, this: Run) -> None:
                 actor_critic.save_critic(folder)
         with whole_directory(this.model_dir) as folder:
             actor_critic.save_policy(folder)
-    rows = read_metrics(this)
-    scores = [f"score/{name}" for name in recipe.ppo.rewards]
-    keep = (*scores, "score/normalised", "kl/k3", "entropy", "answers/tokens", "answers/ended")
-    this.finish(metrics={"first": {k: rows[0][k] for k in keep}, "last": {k: rows[-1][k] for k in keep}})
+        rows = read_metrics(this)
+        scores = [f"score/{name}" for name in recipe.ppo.rewards]
+        keep = (*scores, "score/normalised", "kl/k3", "entropy", "answers/tokens", "answers/ended")
+        this.finish(metrics={"first": {k: rows[0][k] for k in keep}, "last": {k: rows[-1][k] for k in keep}})
 
 
 if __name__ == "__main__":

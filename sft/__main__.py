@@ -42,9 +42,9 @@ def run(recipe: Recipe, this: Run) -> None:
     )
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "sft", recipe.guard)
-    models.save(this, trainer.model)
-    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    this.finish(metrics={"rows": len(rows), "steps": steps, "first_loss": losses[0], "last_loss": losses[-1]})
+        models.save(this, trainer.model)
+        losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+        this.finish(metrics={"rows": len(rows), "steps": steps, "first_loss": losses[0], "last_loss": losses[-1]})
 
 
 if __name__ == "__main__":

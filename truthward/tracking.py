@@ -17,6 +17,8 @@ from truthward.reading import parse_json
 from truthward.redaction import clean
 from truthward.tables import Recipe
 
+TOLD = ("recipe", "fingerprint", "parents", "data", "sources", "authors", "launched", "code", "git", "packages", "machine")
+
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
     """Every whole line of a run's metrics; a line cut off by a crash, or that is no row, is passed over."""
@@ -53,9 +55,10 @@ class Tracker:
 
 @contextlib.contextmanager
 def tracked(recipe: Recipe, run: Run) -> Iterator[Tracker]:
-    """A tracker; in wandb, one group a recipe and one run a stage.
+    """A tracker; in wandb, one group a recipe and one run a stage, whose configuration leads back to the run directory.
 
-    wandb is online when logged in, offline otherwise, off with ``WANDB_MODE=disabled``.
+    A run that was finished within the block leaves its results in wandb's summary and its manifest as an artifact, which
+    names those of its parents. wandb is online when logged in, offline otherwise, off with ``WANDB_MODE=disabled``.
     """
     tracker = Tracker(run, None)
     with _spared("start"):
@@ -65,6 +68,8 @@ def tracked(recipe: Recipe, run: Run) -> Iterator[Tracker]:
     finally:
         if tracker.wandb is not None:
             with _spared("finish"):
+                if run.done:
+                    _publish(run, tracker.wandb)
                 tracker.wandb.finish()
 
 
@@ -91,9 +96,34 @@ def _wandb(recipe: Recipe, run: Run) -> Any:
         resume="allow" if mode == "online" else None,
         mode=mode,  # type: ignore[arg-type]
         dir=str(run.path),
-        config={"recipe": run.manifest["recipe"], "manifest": f"{run.path.parent.name}/{run.path.name}/manifest.json"},
+        config={key: run.manifest.get(key) for key in TOLD} | {"run": f"{run.path.parent.name}/{run.path.name}"},
         settings=wandb.Settings(silent=True, x_disable_stats=True, x_disable_meta=True, disable_git=True, console="off"),
     )
+
+
+def _publish(run: Run, target: Any) -> None:
+    """Results into the summary, the manifest as an artifact; where wandb is online, linked to those of its parents."""
+    import wandb
+
+    target.summary.update(dict(_flat(run.manifest.get("metrics", {}))))
+    parents = run.manifest["parents"]
+    for name in parents.values() if not target.offline else []:
+        with _spared(f"link {name}"):
+            target.use_artifact(f"{name}:latest")
+    about = {"stage": run.stage, "fingerprint": run.manifest["fingerprint"], "parents": parents}
+    artifact = wandb.Artifact(run.path.name, type="run", metadata=about)
+    for file in ("manifest.json", "evals.json"):
+        if (run.path / file).is_file():
+            artifact.add_file(str(run.path / file))
+    target.log_artifact(artifact)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float | str):
+            yield prefix + key, value
 
 
 def _logged_in() -> bool:
