@@ -104,7 +104,7 @@ def spike(key: str, *, batch: bool = False) -> Rule:
     return Rule(f"spike of {key}", (key,), look, at_once=True, batch=batch)
 
 
-TRAINER = (not_finite("loss", "grad_norm"), spike("loss", batch=True), spike("grad_norm", batch=True))
+TRAINER = (not_finite("grad_norm", "loss"), spike("loss", batch=True), spike("grad_norm", batch=True))
 
 
 # ------------------------------------------------------------------------------------------------------------------- PPO
