@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from fault_lab import AT, SFT, disturb, found, last_loss, same, weights
+from fault_lab import AT, SFT, STEPS, disturb, found, last_loss, same, weights
 from ppo_lab import files, lasting, place
 from test_ppo_resume import forked
 
@@ -108,11 +108,13 @@ def test_a_label_flipped_shard_is_left_out(lab, tmp_path, monkeypatch):
     assert last_loss(run) == pytest.approx(last_loss(undisturbed), abs=0.05)
 
 
-def too_fast(trainer: LeanSftTrainer, first_time: list[int]) -> None:
-    """Five steps at a hundred times the rate; not again when they are repeated."""
+def too_fast(trainer: LeanSftTrainer, hit: list[int]) -> None:
+    """Up to five steps at a hundred times the rate, and no more once the run has gone back."""
     step = trainer.state.global_step
-    if AT <= step < AT + 5 and step not in first_time and trainer.accelerator.sync_gradients:
-        first_time.append(step)
+    if hit and step < hit[-1]:
+        hit.append(STEPS)
+    if AT <= step < AT + 5 and step > max(hit, default=-1) and trainer.accelerator.sync_gradients:
+        hit.append(step)
         for group in trainer.optimizer.param_groups:
             group["lr"] *= 100
 
