@@ -286,10 +286,8 @@ def test_incidents_stand_on_the_curve_and_in_the_table():
         {"time": "T", "kind": "hung", "step": 9, "action": "stopped", "stacks": "<b>"},
     ]
     plain = [{"step": step, "loss": 1.0, "grad_norm": 1.0} for step in range(1, 20)]
-    without, svg = (
-        curve_plot(plain, ["loss", "grad_norm"], "x"),
-        curve_plot(plain, ["loss", "grad_norm"], "x", marks(entries)),
-    )
+    without = curve_plot(plain, ["loss", "grad_norm"], "x")
+    svg = curve_plot(plain, ["loss", "grad_norm"], "x", marks(entries))
     assert svg.count(">1-2</text>") == svg.count(">3</text>") == 2  # in both panels
     assert ">1-2</text>" not in without
     page = incidents_table(entries)
