@@ -197,35 +197,6 @@ def test_an_iteration_of_nan_goes_back_and_stops(lab, tmp_path, monkeypatch):
     assert {p.name for p in (run.path / "checkpoints").iterdir()} == {"iteration-00000", "iteration-00001"}
 
 
-PAYS = "def length(prompts, answers, answer_ids):\n    return [float(len(ids)) for ids in answer_ids]\n"
-
-
-@pytest.mark.slow
-def test_a_reward_that_pays_for_length_is_found(lab, tmp_path):
-    """A policy that has learned that long answers pay is sent back and stopped."""
-    copy = place(lab, tmp_path)
-    (tmp_path / "pays.py").write_text(PAYS)
-    options = (
-        f'ppo.rewards=["{tmp_path}/pays.py:length"]',
-        "ppo.iterations=40",
-        "ppo.rollouts=16",
-        "ppo.max_new_tokens=24",
-        "ppo.truncation_penalty=0.0",
-        "ppo.learning_rate=3e-3",
-        "ppo.kl_coef=0.0",
-        "ppo.target_kl=10.0",
-        "guard.probe_every=0",
-        "guard.kl_most=100.0",
-    )
-    with pytest.raises(TrainingFault, match=r"paid for length|length explosion"):
-        copy.run("ppo", *options)
-    run = Run.load(plan(copy.recipe(*options))["ppo"].path)
-    lengths = [row["answers/tokens"] for row in read_metrics(run)]
-    first = run.manifest["incidents"][0]
-    assert first["step"] <= 40
-    assert lengths[-1] > 1.3 * lengths[0]
-
-
 def test_probes_ask_held_out_questions_and_start_from_no_change(lab, tmp_path):
     """MC2 of the policy; before anything is learned its change from the reference is nothing, and after it is not."""
     options = ("guard.probe_every=1", "guard.probe_questions=4", "ppo.learning_rate=1e-2")
