@@ -89,7 +89,7 @@ def test_nothing_but_nan_goes_back_twice_and_stops(copy, monkeypatch):
 
 def test_a_label_flipped_shard_is_left_out(lab, tmp_path, monkeypatch):
     """Five DPO batches with chosen and rejected changed over: found at the third, then left out one by one."""
-    options = ("dpo.epochs=40", "dpo.checkpoint_every=5", "dpo.learning_rate=3e-3", "guard.warmup=8")
+    options = ("dpo.epochs=40", "dpo.checkpoint_every=5", "dpo.learning_rate=3e-3")
     undisturbed = place(lab, tmp_path / "undisturbed").run("dpo", *options)
     assert undisturbed.manifest["incidents"] == []
     steps = len(read_metrics(undisturbed))

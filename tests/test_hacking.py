@@ -52,7 +52,7 @@ def climb(world, reward: str, *options: str) -> tuple[list[dict], list[dict], st
 
 def test_a_reward_that_pays_for_length_stops_the_run(world):
     """Found three iterations after answers have grown by three tenths, while score and length go together."""
-    metrics, incidents, said = climb(world, "length", "ppo.iterations=30")
+    metrics, incidents, said = climb(world, "length", "ppo.iterations=30", "ppo.max_new_tokens=32")
     assert said.startswith("paid for length")
     (stopped,) = [entry for entry in incidents if entry["action"] == "stopped"]
     grown = next(row["step"] for row in metrics if row["answers/tokens"] > 1.3 * stopped["tokens_at_first"])
