@@ -187,7 +187,7 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
         values = {**values, "judge": judge_settings(recipe)}
         paths.append(recipe.judge.bank)
     if stage in TRAINED:
-        values = {**values, "guard": guard_settings(recipe)}
+        values = {**values, "guard": guard_settings(recipe, stage)}
     if stage == "evals":
         scored = name.removeprefix("evals-")
         sets, table = sets_of(recipe, scored), recipe.evals

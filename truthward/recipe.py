@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from truthward.errors import UserError
-from truthward.tables import BANK_OF, Benchmark, EvalSet, Recipe, Server, Table, Training
+from truthward.tables import BANK_OF, Benchmark, EvalSet, Guard, Recipe, Server, Table, Training, Watch
 
 DATA_KEYS = {
     "data",
@@ -75,9 +75,10 @@ def judge_settings(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k == "base_url" or k not in Server.model_fields}
 
 
-def guard_settings(recipe: Recipe) -> dict[str, Any]:
-    """What of ``[guard]`` can change a result: all but when a step counts as hung."""
-    return {k: v for k, v in settings(recipe, "guard").items() if not k.startswith("hang_")}
+def guard_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What of ``[guard]`` can change a stage's result: not when a step counts as hung, and what only PPO has only there."""
+    kept = Watch.model_fields.keys() if stage != "ppo" else Guard.model_fields.keys() - {"hang_factor", "hang_seconds"}
+    return {k: v for k, v in settings(recipe, "guard").items() if k in kept}
 
 
 def sets_of(recipe: Recipe, stage: str) -> list[str]:

@@ -98,7 +98,7 @@ def spike(key: str, *, batch: bool = False) -> Rule:
         score = robust_z(row[key], history)
         if score.z <= table.spike:
             return None
-        against = {"z": round(score.z, 1), "most": table.spike, "median": score.median, "spread": score.spread}
+        against = {"z": round(score.z, 1), "most": table.spike, "expected": score.expected, "spread": score.spread}
         return {"metric": key, "value": row[key], **against}
 
     return Rule(f"spike of {key}", (key,), look, at_once=True, batch=batch)
