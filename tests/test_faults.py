@@ -14,10 +14,11 @@ from test_ppo_resume import forked
 from rl.dpo import SoftDpoTrainer
 from rl.update import Learner
 from sft.trainer import LeanSftTrainer
-from truthward import trainers
+from truthward import models, trainers
 from truthward.errors import TrainingFault
 from truthward.guard.watch import Guard
 from truthward.ledger import Run, plan
+from truthward.score import answer_sums
 from truthward.tracking import read_metrics
 
 # ------------------------------------------------------------------------------------------------------------ no fault
@@ -197,13 +198,16 @@ def test_an_iteration_of_nan_goes_back_and_stops(lab, tmp_path, monkeypatch):
     assert {p.name for p in (run.path / "checkpoints").iterdir()} == {"iteration-00000", "iteration-00001"}
 
 
-def test_probes_ask_held_out_questions_and_start_from_no_change(lab, tmp_path):
-    """MC2 of the policy; before anything is learned its change from the reference is nothing, and after it is not."""
-    options = ("guard.probe_every=1", "guard.probe_questions=4", "ppo.learning_rate=1e-2")
-    with place(lab, tmp_path).ppo(*options) as ppo:
+def test_probes_ask_held_out_questions_of_the_policy_and_of_what_it_was(lab, tmp_path):
+    """MC2 as the evals' scorer finds it; no change before anything is learned, and a change after."""
+    options = ("ppo.parent=sft", "guard.probe_every=1", "guard.probe_questions=4", "ppo.learning_rate=1e-2")
+    with place(lab, tmp_path / "start").ppo(*options) as ppo:
         start = ppo.probe.after(0)
+        model = models.load(ppo.run.parent("model"))
+        shares = [torch.tensor(sums).softmax(0)[:1].sum().item() for sums in answer_sums(model, ppo.probe.items)]
+        assert len(shares) == 4
+        assert start["probe/truth"] == pytest.approx(sum(shares) / 4, abs=1e-5)
         assert start["probe/change"] == pytest.approx(0, abs=1e-6)
-        assert 0 < start["probe/truth"] < 1
     run = place(lab, tmp_path / "run").run("ppo", *options)
     changes = [row["probe/change"] for row in read_metrics(run)]
     assert len(changes) == 3
