@@ -66,6 +66,8 @@ minibatches = 2
 micro_batch_size = 32
 learning_rate = 5e-3
 truncation_penalty = 0.0
+[guard]
+probe_every = 0
 """
 
 

@@ -7,17 +7,18 @@ import signal
 
 import pytest
 import torch
-from fault_lab import AT, SFT, disturb, found, last_loss, same, weights
+from fault_lab import AT, SFT, STEPS, disturb, found, last_loss, same, weights
 from ppo_lab import files, lasting, place
 from test_ppo_resume import forked
 
 from rl.dpo import SoftDpoTrainer
 from rl.update import Learner
 from sft.trainer import LeanSftTrainer
-from truthward import trainers
+from truthward import models, trainers
 from truthward.errors import TrainingFault
 from truthward.guard.watch import Guard
 from truthward.ledger import Run, plan
+from truthward.score import answer_sums
 from truthward.tracking import read_metrics
 
 # ------------------------------------------------------------------------------------------------------------ no fault
@@ -89,7 +90,7 @@ def test_nothing_but_nan_goes_back_twice_and_stops(copy, monkeypatch):
 
 def test_a_label_flipped_shard_is_left_out(lab, tmp_path, monkeypatch):
     """Five DPO batches with chosen and rejected changed over: found at the third, then left out one by one."""
-    options = ("dpo.epochs=40", "dpo.checkpoint_every=5", "dpo.learning_rate=3e-3", "guard.warmup=8")
+    options = ("dpo.epochs=40", "dpo.checkpoint_every=5", "dpo.learning_rate=3e-3")
     undisturbed = place(lab, tmp_path / "undisturbed").run("dpo", *options)
     assert undisturbed.manifest["incidents"] == []
     steps = len(read_metrics(undisturbed))
@@ -108,11 +109,13 @@ def test_a_label_flipped_shard_is_left_out(lab, tmp_path, monkeypatch):
     assert last_loss(run) == pytest.approx(last_loss(undisturbed), abs=0.05)
 
 
-def too_fast(trainer: LeanSftTrainer, first_time: list[int]) -> None:
-    """Five steps at a hundred times the rate; not again when they are repeated."""
+def too_fast(trainer: LeanSftTrainer, hit: list[int]) -> None:
+    """Up to five steps at a hundred times the rate, and no more once the run has gone back."""
     step = trainer.state.global_step
-    if AT <= step < AT + 5 and step not in first_time and trainer.accelerator.sync_gradients:
-        first_time.append(step)
+    if hit and step < hit[-1]:
+        hit.append(STEPS)
+    if AT <= step < AT + 5 and step > max(hit, default=-1) and trainer.accelerator.sync_gradients:
+        hit.append(step)
         for group in trainer.optimizer.param_groups:
             group["lr"] *= 100
 
@@ -195,42 +198,16 @@ def test_an_iteration_of_nan_goes_back_and_stops(lab, tmp_path, monkeypatch):
     assert {p.name for p in (run.path / "checkpoints").iterdir()} == {"iteration-00000", "iteration-00001"}
 
 
-PAYS = "def length(prompts, answers, answer_ids):\n    return [float(len(ids)) for ids in answer_ids]\n"
-
-
-@pytest.mark.slow
-def test_a_reward_that_pays_for_length_is_found(lab, tmp_path):
-    """A policy that has learned that long answers pay is sent back and stopped."""
-    copy = place(lab, tmp_path)
-    (tmp_path / "pays.py").write_text(PAYS)
-    options = (
-        f'ppo.rewards=["{tmp_path}/pays.py:length"]',
-        "ppo.iterations=40",
-        "ppo.rollouts=16",
-        "ppo.max_new_tokens=24",
-        "ppo.truncation_penalty=0.0",
-        "ppo.learning_rate=3e-3",
-        "ppo.kl_coef=0.0",
-        "ppo.target_kl=10.0",
-        "guard.probe_every=0",
-        "guard.kl_most=100.0",
-    )
-    with pytest.raises(TrainingFault, match=r"paid for length|length explosion"):
-        copy.run("ppo", *options)
-    run = Run.load(plan(copy.recipe(*options))["ppo"].path)
-    lengths = [row["answers/tokens"] for row in read_metrics(run)]
-    first = run.manifest["incidents"][0]
-    assert first["step"] <= 40
-    assert lengths[-1] > 1.3 * lengths[0]
-
-
-def test_probes_ask_held_out_questions_and_start_from_no_change(lab, tmp_path):
-    """MC2 of the policy; before anything is learned its change from the reference is nothing, and after it is not."""
-    options = ("guard.probe_every=1", "guard.probe_questions=4", "ppo.learning_rate=1e-2")
-    with place(lab, tmp_path).ppo(*options) as ppo:
+def test_probes_ask_held_out_questions_of_the_policy_and_of_what_it_was(lab, tmp_path):
+    """MC2 as the evals' scorer finds it; no change before anything is learned, and a change after."""
+    options = ("ppo.parent=sft", "guard.probe_every=1", "guard.probe_questions=4", "ppo.learning_rate=1e-2")
+    with place(lab, tmp_path / "start").ppo(*options) as ppo:
         start = ppo.probe.after(0)
+        model = models.load(ppo.run.parent("model"))
+        shares = [torch.tensor(sums).softmax(0)[:1].sum().item() for sums in answer_sums(model, ppo.probe.items)]
+        assert len(shares) == 4
+        assert start["probe/truth"] == pytest.approx(sum(shares) / 4, abs=1e-5)
         assert start["probe/change"] == pytest.approx(0, abs=1e-6)
-        assert 0 < start["probe/truth"] < 1
     run = place(lab, tmp_path / "run").run("ppo", *options)
     changes = [row["probe/change"] for row in read_metrics(run)]
     assert len(changes) == 3

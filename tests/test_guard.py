@@ -23,19 +23,34 @@ from truthward.tables import Recipe
 
 
 def test_robust_z_of_worked_numbers():
-    """Median 5, distances 4 3 1 0 1 2 95 with median 2: z(11) = 0.6745 * 6 / 2; the 100 in the history changes nothing."""
-    score = robust_z(11, [1, 2, 4, 5, 6, 7, 100])
-    assert (score.median, score.spread) == (5, 2)
-    assert score.z == pytest.approx(0.6745 * 3)
+    """Level 5 without slope, distances 0 1 1 95 1 1 0 with median 1; the last five are 6 in the middle."""
+    score = robust_z(11, [5, 4, 6, 100, 6, 4, 5])
+    assert (score.expected, score.spread) == (6, 1)
+    assert score.z == pytest.approx(0.6745 * 5)
 
 
-def test_robust_z_of_a_normal_history_is_the_z_score():
-    values = torch.distributions.Normal(3, 2).icdf(torch.linspace(0.001, 0.999, 999)).tolist()
-    assert robust_z(9, values).z == pytest.approx(3, abs=0.01)
+def test_a_fall_is_no_spread():
+    """On the line 10, 9, 8, 7, 6 nothing deviates: the spread is a twentieth of the median 8."""
+    score = robust_z(12, [10, 9, 8, 7, 6])
+    assert (score.expected, score.spread) == (8, pytest.approx(0.4))
+    assert score.z == pytest.approx(0.6745 * 4 / 0.4)
+
+
+def test_a_rise_goes_on():
+    """On the line 6, 7, 8, 9, 10 the next is 11: it is what is expected."""
+    assert robust_z(11, [6, 7, 8, 9, 10]).z == 0
+    assert robust_z(12, [6, 7, 8, 9, 10]).expected == 11
+
+
+def test_the_spread_of_normal_values_is_their_deviation():
+    values = torch.distributions.Normal(3, 2).icdf(torch.linspace(0.005, 0.995, 101))
+    values = values[torch.randperm(101, generator=torch.Generator().manual_seed(0))].tolist()
+    assert robust_z(9, values).spread / 0.6745 == pytest.approx(2, abs=0.2)
 
 
 def test_a_constant_history_has_a_spread_of_a_twentieth():
     assert robust_z(2.2, [2.0] * 9).z == pytest.approx(0.6745 * 0.2 / 0.1)
+    assert robust_z(2.2, [2.0]).z == pytest.approx(0.6745 * 0.2 / 0.1)
     assert robust_z(0.0, [0.0] * 9).z == 0
 
 
@@ -186,7 +201,7 @@ def test_evidence_is_in_the_record(run):
     evidence = {
         "metric": "loss",
         "value": 9.0,
-        "median": 1.0,
+        "expected": 1.0,
         "spread": 0.05,
         "z": round(0.6745 * 8 / 0.05, 1),
         "most": 10.0,
@@ -267,7 +282,9 @@ def without_times(run: Run) -> list[dict]:
 
 
 def test_the_guard_is_part_of_a_fingerprint_but_for_when_a_step_hangs():
-    assert guard_settings(Recipe()).keys() == Table.model_fields.keys() - {"why", "hang_factor", "hang_seconds"}
+    ppo, sft = (guard_settings(Recipe(), stage).keys() for stage in ("ppo", "sft"))
+    assert ppo == Table.model_fields.keys() - {"why", "hang_factor", "hang_seconds"}
+    assert sft == {"spike", "window", "warmup", "patience", "skips", "rollbacks", "rate_factor"}
 
 
 def test_incidents_become_marks_at_their_step():
@@ -286,10 +303,8 @@ def test_incidents_stand_on_the_curve_and_in_the_table():
         {"time": "T", "kind": "hung", "step": 9, "action": "stopped", "stacks": "<b>"},
     ]
     plain = [{"step": step, "loss": 1.0, "grad_norm": 1.0} for step in range(1, 20)]
-    without, svg = (
-        curve_plot(plain, ["loss", "grad_norm"], "x"),
-        curve_plot(plain, ["loss", "grad_norm"], "x", marks(entries)),
-    )
+    without = curve_plot(plain, ["loss", "grad_norm"], "x")
+    svg = curve_plot(plain, ["loss", "grad_norm"], "x", marks(entries))
     assert svg.count(">1-2</text>") == svg.count(">3</text>") == 2  # in both panels
     assert ">1-2</text>" not in without
     page = incidents_table(entries)

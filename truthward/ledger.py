@@ -124,7 +124,7 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
     if stage == "constitution":
         values = {**values, "judge": judge_settings(recipe)}
     if stage in TRAINED:
-        values = {**values, "guard": guard_settings(recipe)}
+        values = {**values, "guard": guard_settings(recipe, stage)}
     data = {path: hash_path(path) for path in dict.fromkeys(_reads(recipe, name, stage))}
     if stage != "base":
         del compute["base"]  # it counts through the parents

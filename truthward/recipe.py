@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from truthward.errors import UserError
 from truthward.reading import parse_toml, read_text, require_plain
-from truthward.tables import BANK_OF, Benchmark, EvalSet, Origin, Recipe, Server, Table, Training
+from truthward.tables import BANK_OF, Benchmark, EvalSet, Guard, Origin, Recipe, Server, Table, Training, Watch
 
 LONGEST = 100  # bytes in the name of a folder
 NAME = re.compile(r"\w(?:[\w.+ -]*[\w+-])?")
@@ -84,9 +84,10 @@ def judge_settings(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k == "base_url" or k not in Server.model_fields}
 
 
-def guard_settings(recipe: Recipe) -> dict[str, Any]:
-    """What of ``[guard]`` can change a result: all but when a step counts as hung."""
-    return {k: v for k, v in settings(recipe, "guard").items() if not k.startswith("hang_")}
+def guard_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What of ``[guard]`` can change a stage's result: not when a step counts as hung, and what only PPO has only there."""
+    kept = Watch.model_fields.keys() if stage != "ppo" else Guard.model_fields.keys() - {"hang_factor", "hang_seconds"}
+    return {k: v for k, v in settings(recipe, "guard").items() if k in kept}
 
 
 def sets_of(recipe: Recipe, stage: str) -> list[str]:

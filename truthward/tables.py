@@ -245,16 +245,21 @@ class Evals(Table):
     tokens_a_batch: int = Field(2048, ge=64, description="tokens scored in one forward pass")
 
 
-class Guard(Table):
-    """When the guard steps in during training. ``docs/guard.md`` says why each default has its value."""
+class Watch(Table):
+    """What the guard does in every trained stage."""
 
     spike: float = Field(10.0, gt=0, description="robust z-score from which a loss or gradient norm is a spike")
-    window: int = Field(32, ge=8, description="calm steps that a spike is measured against")
+    window: int = Field(16, ge=8, le=128, description="calm steps that a spike is measured against")
     warmup: int = Field(10, ge=4, description="calm steps before spikes are looked for")
     patience: int = Field(3, ge=1, description="findings in a row before it goes back or stops")
     skips: int = Field(20, ge=1, description="spiking batches in a row left out after that, before it does so again")
     rollbacks: int = Field(2, ge=0, description="most times that a stage goes back to a checkpoint before it stops")
     rate_factor: float = Field(0.5, gt=0, le=1, description="the rate is multiplied by this each time")
+
+
+class Guard(Watch):
+    """When the guard steps in during training. ``docs/guard.md`` says why each default has its value."""
+
     entropy_least: float = Field(0.3, ge=0, description="PPO's entropy may fall to this share of the first iterations'")
     repeated_rise: float = Field(0.3, ge=0, description="the share of repeated 4-grams may rise by this")
     kl_most: float = Field(1.0, gt=0, description="KL to the reference may reach this, in nats a token")

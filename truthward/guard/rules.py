@@ -98,13 +98,13 @@ def spike(key: str, *, batch: bool = False) -> Rule:
         score = robust_z(row[key], history)
         if score.z <= table.spike:
             return None
-        against = {"z": round(score.z, 1), "most": table.spike, "median": score.median, "spread": score.spread}
+        against = {"z": round(score.z, 1), "most": table.spike, "expected": score.expected, "spread": score.spread}
         return {"metric": key, "value": row[key], **against}
 
     return Rule(f"spike of {key}", (key,), look, at_once=True, batch=batch)
 
 
-TRAINER = (not_finite("loss", "grad_norm"), spike("loss", batch=True), spike("grad_norm", batch=True))
+TRAINER = (not_finite("grad_norm", "loss"), spike("loss", batch=True), spike("grad_norm", batch=True))
 
 
 # ------------------------------------------------------------------------------------------------------------------- PPO

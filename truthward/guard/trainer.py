@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -41,8 +42,9 @@ class Guarding(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.act, self.rate = None, self.guard.rate
-        if state.global_step == 0:
-            self.trainer._save_checkpoint(self.trainer.model_wrapped, None)  # so that there is always one to go back to
+        first = Path(args.output_dir) / "checkpoint-0" / "trainer_state.json"
+        if state.global_step == 0 and not first.exists():  # so that there always is a checkpoint to go back to
+            self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Scale the rates for this step alone, so that no scheduler and no checkpoint has to know of it."""
