@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from lab import ROOT, write
 
-from truthward import ledger
+from truthward import fingerprint, ledger
 from truthward.errors import UserError
-from truthward.ledger import Run, hash_code, hash_path, open_run, plan, whole_directory, write_json, write_text
+from truthward.fingerprint import code_of, hash_code, hash_path
+from truthward.ledger import Run, open_run, plan, whole_directory, write_json, write_text
 from truthward.recipe import load_recipe
 from truthward.stage import run_stage
 
@@ -47,7 +48,7 @@ def _fresh_hashes():
     """Hashes are remembered by path for the life of a process; a test changes what they were made from."""
     yield
     hash_path.cache_clear()
-    hash_code.cache_clear()
+    forget_code()
 
 
 def names(recipe) -> dict[str, str]:
@@ -169,15 +170,20 @@ def planted(tmp_path, monkeypatch):
     for name, text in files.items():
         write_text(folder / f"{name}.py", text)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(ledger, "OUR_PACKAGES", (*ledger.OUR_PACKAGES, "planted"))
+    monkeypatch.setattr(fingerprint, "OUR_PACKAGES", (*fingerprint.OUR_PACKAGES, "planted"))
     importlib.invalidate_caches()
     yield folder
     for name in [n for n in sys.modules if n.split(".")[0] == "planted"]:
         del sys.modules[name]
 
 
-def code(module: str) -> str:
+def forget_code() -> None:
     hash_code.cache_clear()
+    code_of.cache_clear()
+
+
+def code(module: str) -> str:
+    forget_code()
     return hash_code(module)
 
 
@@ -192,7 +198,7 @@ def test_changed_code_renames_the_stage_that_reaches_it_and_what_comes_from_it(w
     monkeypatch.setitem(ledger.CODE, "sft", "planted")
     before = names(world())
     (planted / "two.py").write_text("import json, os")
-    hash_code.cache_clear()
+    forget_code()
     assert changed(before, names(world())) == {"sft", "evals-sft", "dpo", "evals-dpo"}
 
 
@@ -209,9 +215,8 @@ def test_changed_code_renames_the_stage_that_reaches_it_and_what_comes_from_it(w
         ("truthward.base", {"truthward.models"}, {"truthward.report", "truthward.card", "truthward.trainers"}),
     ],
 )
-def test_the_hash_covers_what_a_stage_reaches_and_no_more(monkeypatch, module, reached, beyond):
-    monkeypatch.setattr(ledger, "digest", lambda sources: " ".join(sources))
-    found = set(code(module).split())
+def test_the_hash_covers_what_a_stage_reaches_and_no_more(module, reached, beyond):
+    found = code_of(module).keys()
     assert reached <= found
     assert not beyond & found
     assert all(name.split(".")[0] in ("truthward", module.split(".")[0]) for name in found)

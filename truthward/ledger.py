@@ -152,7 +152,7 @@ def _reads(recipe: Recipe, name: str, stage: str) -> list[str]:
         paths.append(recipe.model.base)
     if stage == "ppo":  # a reward function's file, a classifier's folder; a hub id is no path
         paths += [path for source in recipe.ppo.rewards if source != "reward" and (path := named_path(source))]
-        paths += [recipe.reward.validation] * (recipe.guard.probe_every > 0)
+        paths += [recipe.reward.validation] * (0 < recipe.guard.probe_every <= recipe.ppo.iterations)
     return paths
 
 
