@@ -8,7 +8,7 @@ from typing import Any
 
 from truthward.console import inert
 from truthward.ledger import CODE, Run
-from truthward.record.archive import lineage, newest_evals
+from truthward.record.archive import evals_runs, lineage, newest_evals
 from truthward.record.settings import recipe_toml
 from truthward.record.words import METRICS, commit, interval, place
 from truthward.redaction import tidy, without_secrets
@@ -40,6 +40,7 @@ def model_card(run: Run) -> str:
         "## Truthfulness\n\n" + _evals_text(run),
         "## Data\n\n" + _data_table(runs),
         "## Recipe and reasons\n\nValues in comments are defaults.\n\n" + f"```toml\n{_quoted(recipe_toml(recipe))}```",
+        "## Incidents and overrides\n\n" + _incidents(runs),
         "## Limits\n\n" + LIMITS,
         "## To reproduce\n\n" + _reproduce(run, runs),
     ]
@@ -106,6 +107,20 @@ def _data_table(runs: list[Run]) -> str:
         rows.append([_code(tidy(path)), *told, _code(value), stages])
     columns = ["file or folder", "rows", "licence", "origin", "SHA-256 of its content", "read by"]
     return _table(columns, rows) if rows else "No data files were read."
+
+
+def _incidents(runs: list[Run]) -> str:
+    """What the guard met in the lineage, and where somebody went on past a gate."""
+    rows = []
+    for run in runs:
+        met = [(i.get("kind", "-"), i.get("step", "-"), i.get("action", "-")) for i in run.manifest.get("incidents", [])]
+        rows += [[f"{_code(run.path.name)}", _words(f"{kind}, step {step}: {action}")] for kind, step, action in met]
+        for scored in evals_runs(run):
+            gate = scored.manifest.get("gate") or {}
+            if said := gate.get("override"):
+                told = f"gate overridden by {said['who']}: {said['reason']} ({gate.get('text', '')})"
+                rows.append([_code(scored.path.name), _words(told)])
+    return _table(["run", "what"], rows) if rows else "None."
 
 
 def _reproduce(run: Run, runs: list[Run]) -> str:
