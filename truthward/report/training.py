@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from truthward.card import tidy
+from truthward.redaction import tidy
 from truthward.report.page import Html, figure, join, note, table, tag
 from truthward.report.plots import Mark, curve_plot
 from truthward.report.view import View
