@@ -19,6 +19,7 @@ from truthward.errors import UserError
 from truthward.redaction import holds_secret
 
 DEPTH = 64  # most brackets within brackets
+SURROGATE = re.compile("[\ud800-\udfff]")
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
@@ -113,7 +114,7 @@ def _fault(value: Any, written: bool) -> tuple[str, str] | None:
         return "a number that is not finite", "take a finite one, or null"
     if not isinstance(value, str):
         return None
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if SURROGATE.search(value):
         return "half a surrogate pair, which is no character", "write the character itself"
     if written and CONTROL.search(value):
         return f"the control character {CONTROL.findall(value)[0]!r}", "take it out"
