@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from truthward.errors import UserError
 
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -118,3 +125,43 @@ def edited(draw: Any, texts: st.SearchStrategy[str]) -> str:
 def encoded(text: str) -> bytes:
     """As UTF-8, with half surrogate pairs as bytes that are none."""
     return text.encode("utf-8", "surrogatepass")
+
+
+# ---------------------------------------------------------------------------------------------------- feeding
+
+fed: Counter[str] = Counter()
+
+
+def cases(count: int, *strategies: Any) -> Callable[[Any], Any]:
+    """So many cases of a test, counted as they are run."""
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.large_base_example]
+    given_so_many = settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=checks
+    )
+
+    def decorate(test: Any) -> Any:
+        @functools.wraps(test)
+        def counted(*arguments: Any, **options: Any) -> None:
+            fed[test.__name__] += 1
+            test(*arguments, **options)
+
+        return given_so_many(given(*strategies)(counted))
+
+    return decorate
+
+
+def trace(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def taken(folder: Path, read: Callable[[], Any], writes: bool = False) -> bool:
+    """Whether bad input was taken; refused, it must be a :class:`UserError` of few words, with nothing written."""
+    before = trace(folder)
+    try:
+        read()
+    except UserError as error:
+        assert 0 < len(str(error)) < 20_000
+        assert trace(folder) == before
+        return False
+    assert writes or trace(folder) == before
+    return True

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lab import ROOT, write
 
-from truthward import ledger
+from truthward import fingerprint, ledger
 from truthward.errors import UserError
 from truthward.ledger import Run, hash_code, hash_path, open_run, plan, whole_directory, write_json, write_text
 from truthward.recipe import load_recipe
@@ -169,7 +169,7 @@ def planted(tmp_path, monkeypatch):
     for name, text in files.items():
         write_text(folder / f"{name}.py", text)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(ledger, "OUR_PACKAGES", (*ledger.OUR_PACKAGES, "planted"))
+    monkeypatch.setattr(fingerprint, "OUR_PACKAGES", (*fingerprint.OUR_PACKAGES, "planted"))
     importlib.invalidate_caches()
     yield folder
     for name in [n for n in sys.modules if n.split(".")[0] == "planted"]:
@@ -210,7 +210,7 @@ def test_changed_code_renames_the_stage_that_reaches_it_and_what_comes_from_it(w
     ],
 )
 def test_the_hash_covers_what_a_stage_reaches_and_no_more(monkeypatch, module, reached, beyond):
-    monkeypatch.setattr(ledger, "digest", lambda sources: " ".join(sources))
+    monkeypatch.setattr(fingerprint, "digest", lambda sources: " ".join(sources))
     found = set(code(module).split())
     assert reached <= found
     assert not beyond & found

