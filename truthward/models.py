@@ -252,9 +252,14 @@ def save(run: Run, model: Any) -> None:
     """Write a trained model's adapter or full weights as safetensors, all or nothing."""
     with whole_directory(run.model_dir) as folder:
         model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's, with the way to the base in it; the card is ours
-        if (config := folder / "adapter_config.json").exists():
-            write_json(config, json.loads(config.read_text(encoding="utf-8")))
+        leave_home_out(folder)
+
+
+def leave_home_out(folder: Path) -> None:
+    """peft writes the whole way to the base into an adapter's configuration, and into a card that is not ours."""
+    (folder / "README.md").unlink(missing_ok=True)
+    if (config := folder / "adapter_config.json").exists():
+        write_json(config, json.loads(config.read_text(encoding="utf-8")))
 
 
 def save_head(folder: Path, **tensors: torch.Tensor) -> None:
