@@ -70,6 +70,7 @@ def run(recipe: Recipe, this: Run) -> None:
         with whole_directory(this.model_dir) as folder:
             whole = trainer.model if table.tune == "lora" else sequence_classifier(trainer.model)
             whole.save_pretrained(folder)
+            models.leave_home_out(folder)
             models.save_head(folder, weight=head_of(trainer.model))
         say(f"  validation accuracy {accuracy}")
         self_check(scores)

@@ -130,6 +130,7 @@ class ActorCritic(nn.Module):
     def save_adapter(self, name: str, folder: Path) -> None:
         """Write one adapter as peft does, to be loaded under the name "default"."""
         self.model.peft_config[name].save_pretrained(str(folder))
+        models.leave_home_out(folder)
         state = {n.replace(f".{name}.", "."): p for n, p in self.model.state_dict().items() if f".{name}." in n}
         save_file({n: p.detach().contiguous().cpu() for n, p in state.items()}, folder / "adapter_model.safetensors")
 

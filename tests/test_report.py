@@ -136,10 +136,14 @@ def _write_data(root: Path) -> None:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
+    return furnish(tmp_path)
+
+
+def furnish(root: Path) -> Recipe:
     """A recipe whose base and sft are complete and scored, reward is complete, dpo unfinished, and ppo not run."""
-    _write_data(tmp_path)
-    file = tmp_path / "small.toml"
-    file.write_text(RECIPE.format(root=tmp_path, home=Path.home()), encoding="utf-8")
+    _write_data(root)
+    file = root / "small.toml"
+    file.write_text(RECIPE.format(root=root, home=Path.home()), encoding="utf-8")
     recipe = load_recipe(file)
     planned = plan(recipe)
     _finish(recipe, planned["base"], metrics={})

@@ -68,7 +68,7 @@ def _lineage_table(runs: list[Run]) -> str:
         dtype = str(m.get("dtype", "")).removeprefix("torch.") or "-"
         seconds, memory = m.get("seconds"), m.get("peak_memory_gb")
         cost = f"{seconds:.0f} s, {memory} GB" if seconds is not None and memory is not None else "-"
-        rows.append([run.stage, _code(place(run.path)), parents or "-", commit(m), dtype, cost])
+        rows.append([run.stage, _code(place(run.path)), parents or "-", _words(commit(m)), _words(dtype), cost])
     return _table(["stage", "run", "from", "commit", "dtype", "time, peak memory"], rows)
 
 
@@ -86,7 +86,7 @@ def _evals_text(run: Run) -> str:
     note = (
         f"On {_code(tidy(found['bank']))}, held-out topics; brackets are 95 % bootstrap intervals, differences are paired."
     )
-    style = [[name, *[f"{scores[m]:.3f}" for m in METRICS]] for name, scores in found.get("baselines", {}).items()]
+    style = [[_words(name), *[f"{scores[m]:.3f}" for m in METRICS]] for name, scores in found.get("baselines", {}).items()]
     text = f"{note}\n\n{_table(columns, rows)}"
     if style:
         about = "What the style of the answers alone scores, without reading a question:"
@@ -144,14 +144,10 @@ def _code(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    """Text in which Markdown finds no HTML, link or code; what :func:`_code` made stays."""
-    text = inert(text if text.count("`") % 2 == 0 else text.replace("`", "'"))
-    parts = enumerate(text.split("`"))
-    return "`".join(t if n % 2 else t.replace("<", "&lt;").replace("](", "] (") for n, t in parts)
+    """Somebody's words, in which Markdown finds no code, HTML or link."""
+    return inert(text).replace("`", "'").replace("<", "&lt;").replace("](", "] (")
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(
-        "| " + " | ".join(" ".join(_words(c).replace("|", "\\|").split()) for c in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in line) + " |" for line in lines)

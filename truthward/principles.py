@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from truthward.errors import UserError
 from truthward.ledger import Run, write_text
-from truthward.reading import parse_toml, read_text
+from truthward.reading import read_toml
 from truthward.records import Row, validated
 
 TEXTS = ("text", "critique", "revision", "follow", "violate")  # what a model reads; a change of one is a new version
@@ -182,7 +182,7 @@ def plain(text: str) -> str:
 def _tree(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError("there is no such file", where=str(path), fix="give the path of a TOML file with principles")
-    return parse_toml(read_text(path), str(path))
+    return read_toml(path)
 
 
 def _read(path: Path) -> tuple[Persona | None, list[tuple[str, Principle]]]:

@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from truthward.errors import UserError
-from truthward.redaction import holds_secret
+from truthward.redaction import SURROGATE, holds_secret
 
 DEPTH = 64  # most brackets within brackets
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -29,13 +29,19 @@ def read_text(path: Path) -> str:
         UserError: it is not there, is no file, or is not UTF-8.
     """
     try:
-        return path.read_bytes().decode()
-    except FileNotFoundError as error:
-        raise UserError("there is no such file", where=str(path), fix="mend the path") from error
+        return _bytes(path).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text: {error}", where=str(path)) from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError("there is no such file", where=str(path), fix="mend the path") from error
     except (ValueError, OSError) as error:
-        raise UserError(f"it cannot be read: {_said(error)}", where=str(path), fix="mend the path") from error
+        what = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        raise UserError(f"it cannot be read: {what}", where=str(path), fix="mend the path") from error
 
 
 def parse_json(text: str, where: str, fix: str = "", *, ours: bool = True) -> Any:
@@ -48,7 +54,7 @@ def parse_json(text: str, where: str, fix: str = "", *, ours: bool = True) -> An
         UserError: it is none, or holds what no result of ours can: see :func:`require_plain`.
     """
     try:
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}", where=where, fix=fix) from error
     if ours:
@@ -56,17 +62,17 @@ def parse_json(text: str, where: str, fix: str = "", *, ours: bool = True) -> An
     return value
 
 
-def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """A TOML document.
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file.
 
     Raises:
-        UserError: it is none, or holds a key, a control character, or what :func:`require_plain` refuses.
+        UserError: it is not there, is none, or holds a key, a control character, or what :func:`require_plain` refuses.
     """
     try:
-        tree = tomllib.loads(text)
+        tree = tomllib.loads(_bytes(path).decode())
     except (ValueError, RecursionError) as error:  # also of integers and brackets beyond what Python reads
-        raise UserError(f"not valid TOML: {error}", where=where, fix="mend the line it names") from error
-    require_plain(tree, where, written=True)
+        raise UserError(f"not valid TOML: {error}", where=str(path), fix="mend the line it names") from error
+    require_plain(tree, str(path), written=True)
     return tree
 
 
@@ -117,7 +123,7 @@ def _fault(value: Any, written: bool) -> tuple[str, str] | None:
         return "a number that is not finite", "take a finite one, or null"
     if not isinstance(value, str):
         return None
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if SURROGATE.search(value):
         return "half a surrogate pair, which is no character", "write the character itself"
     if written and CONTROL.search(value):
         return f"the control character {CONTROL.findall(value)[0]!r}", "take it out"
@@ -133,11 +139,3 @@ def _named(place: tuple[Any, ...]) -> str:
     """A place in dotted form, short, and without what must not be shown."""
     dotted = ".".join(map(str, place))
     return "" if holds_secret(dotted) else dotted[:80]
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _said(error: Exception) -> str:
-    return (error.strerror or "") if isinstance(error, OSError) else str(error)

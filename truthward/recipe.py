@@ -16,7 +16,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from truthward.errors import UserError
-from truthward.reading import parse_toml, read_text, require_plain
+from truthward.reading import read_toml, require_plain
 from truthward.tables import BANK_OF, Benchmark, EvalSet, Guard, Origin, Recipe, Server, Table, Training, Watch
 
 LONGEST = 100  # bytes in the name of a folder
@@ -53,7 +53,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, why: str =
         near = difflib.get_close_matches(path.name, _recipes_in(path.parent), n=1)
         fix = f"did you mean {path.parent / near[0]}?" if near else "give the path of a recipe, e.g. recipes/laptop.toml"
         raise UserError("there is no such recipe", where=str(path), fix=fix)
-    tree = parse_toml(read_text(path), str(path))
+    tree = read_toml(path)
     for override in overrides or []:
         _apply(tree, override, why)
     require_plain(tree, str(path), written=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN = "***"
+SHORTEST = 8  # characters of a secret; a user's name and password in an address have more with the address
+SURROGATE = re.compile("[\ud800-\udfff]")
 SHAPES = re.compile(
     r"""(?<![A-Za-z0-9])(?:
       hf_[A-Za-z0-9]{20,}                                   # Hugging Face
@@ -43,6 +45,8 @@ HOMES = re.compile(r"(?<![\w.~-])(?:/home/[^/\s'\"]+|/Users/[^/\s'\"]+|/root)(?=
 
 def without_secrets(text: str) -> str:
     """The text with ``***`` for every secret in it."""
+    if len(text) < SHORTEST:
+        return text
     for value in _environment():
         text = text.replace(value, HIDDEN)
     text = PRIVATE_KEY.sub(HIDDEN, text)
@@ -70,6 +74,7 @@ def clean(value: Any, *, homes: bool = False) -> Any:
         homes: leave the way to them in place; in what people and models say it gives nobody away.
     """
     if isinstance(value, str):
+        value = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", value)  # a command line can hold half a pair, a file cannot
         if len(value) < len("/root"):
             return value
         return without_secrets(value) if homes else tidy(without_secrets(value))
@@ -91,5 +96,5 @@ def _environment() -> list[str]:
 
 
 def _telling(value: str) -> bool:
-    long = len(value) >= 16 or (len(value) >= 8 and any(c.isdigit() for c in value))
+    long = len(value) >= 16 or (len(value) >= SHORTEST and any(c.isdigit() for c in value))
     return long and not os.path.exists(value)

@@ -152,7 +152,7 @@ def difference(value: dict[str, Any]) -> Html:
 
 def figure(svg: str, caption: str) -> Html:
     """A plot under its caption."""
-    return tag("figure", join([Html(svg), tag("figcaption", caption)]))
+    return tag("figure", join([Html(inert(without_secrets(svg))), tag("figcaption", caption)]))
 
 
 def page(title: str, body: Html) -> str:
