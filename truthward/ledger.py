@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from truthward.errors import UserError
-from truthward.recipe import DATA_KEYS, bank_path, guard_settings, judge_settings, labels_path, ppo_base, sets_of, settings
+from truthward.recipe import DATA_KEYS, eval_paths, guard_settings, judge_settings, ppo_base, ppo_paths, settings
 from truthward.tables import MODEL_STAGES, Recipe
 
 CODE = {  # stage -> module; the others are their own name
@@ -189,16 +189,11 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
     if stage in TRAINED:
         values = {**values, "guard": guard_settings(recipe, stage)}
     if stage == "evals":
-        scored = name.removeprefix("evals-")
-        sets, table = sets_of(recipe, scored), recipe.evals
-        banks = [bank_path(recipe, n) for n in sets] + [labels_path(recipe)] * ("open" in sets)
-        paths += dict.fromkeys(p for p in (*banks, *table.files.values(), table.primer) if p and p not in paths)
+        paths += [p for p in eval_paths(recipe, name.removeprefix("evals-")) if p not in paths]
     if stage == "base" and Path(recipe.model.base).is_dir():
         paths.append(recipe.model.base)
-    if stage == "ppo":  # a reward function's file, a classifier's folder; a hub id is no path
-        named = [source.partition(":")[0] for source in recipe.ppo.rewards if source != "reward"]
-        paths += [path for path in named if Path(path).exists()]
-        paths += [recipe.reward.validation] * (recipe.guard.probe_every > 0)
+    if stage == "ppo":
+        paths += ppo_paths(recipe)
     data = {path: hash_path(path) for path in paths}
     code = hash_code(CODE.get(stage, stage))
     value = digest([stage, recipe.seed, values, settings(recipe, "model"), sorted(data.values()), parents, code])[:10]

@@ -81,6 +81,11 @@ def guard_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     return {k: v for k, v in settings(recipe, "guard").items() if k in kept}
 
 
+def probed(recipe: Recipe) -> bool:
+    """Whether PPO runs long enough to be asked held-out questions on the way."""
+    return 0 < recipe.guard.probe_every <= recipe.ppo.iterations
+
+
 def sets_of(recipe: Recipe, stage: str) -> list[str]:
     """What a stage's model is measured on."""
     return ["truth"] if stage in recipe.evals.brief else list(recipe.evals.sets)
@@ -95,6 +100,19 @@ def bank_path(recipe: Recipe, name: str) -> str:
 def labels_path(recipe: Recipe) -> str:
     """Where the labelled answers lie by which the judge of open answers is measured."""
     return str(Path(recipe.evals.banks) / "open" / "dev")
+
+
+def eval_paths(recipe: Recipe, stage: str) -> list[str]:
+    """What is read beside the evals' own keys to measure a stage's model, each once."""
+    sets, table = sets_of(recipe, stage), recipe.evals
+    banks = [bank_path(recipe, n) for n in sets] + [labels_path(recipe)] * ("open" in sets)
+    return list(dict.fromkeys(p for p in (*banks, *table.files.values(), table.primer) if p))
+
+
+def ppo_paths(recipe: Recipe) -> list[str]:
+    """What PPO reads beside its own keys: a reward function's file, a classifier's folder (no hub id), the probe's questions."""
+    named = [source.partition(":")[0] for source in recipe.ppo.rewards if source != "reward"]
+    return [path for path in named if Path(path).exists()] + [recipe.reward.validation] * probed(recipe)
 
 
 def missing_reasons(recipe: Recipe) -> list[str]:
