@@ -110,7 +110,7 @@ def eval_paths(recipe: Recipe, stage: str) -> list[str]:
 
 
 def ppo_paths(recipe: Recipe) -> list[str]:
-    """What PPO reads beside its own keys: a reward function's file, a classifier's folder (no hub id), the probe's questions."""
+    """What PPO reads beside its own keys: a function's file, a classifier's folder (no hub id), the probe's questions."""
     named = [source.partition(":")[0] for source in recipe.ppo.rewards if source != "reward"]
     return [path for path in named if Path(path).exists()] + [recipe.reward.validation] * probed(recipe)
 
