@@ -16,6 +16,7 @@ import torch
 from truthward import chat
 from truthward.branches import Item, plant
 from truthward.guard.detectors import paired_change
+from truthward.recipe import probed
 from truthward.records import Question, read_rows
 from truthward.tables import Recipe
 
@@ -31,7 +32,7 @@ class Probe:
     def __init__(self, recipe: Recipe, actor_critic: Any, tokenizer: Any, device: Any) -> None:
         table = recipe.guard
         self.actor_critic, self.device = actor_critic, device
-        self.every = table.probe_every if recipe.ppo.iterations >= table.probe_every else 0
+        self.every = table.probe_every if probed(recipe) else 0
         bank = read_rows(recipe.reward.validation, Question) if self.every else []
         drawn = random.Random(recipe.seed).sample(bank, min(table.probe_questions, len(bank)))
         self.true = [len(q.true) for q in drawn]

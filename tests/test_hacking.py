@@ -18,14 +18,14 @@ import sys
 sys.path.insert(0, {bench!r})
 from synthetic_task import gold
 
-def length(prompts, answers, answer_ids):
-    return [float(len(ids)) for ids in answer_ids]
+def length(completion_ids):
+    return [float(len(ids)) for ids in completion_ids]
 
-def lies(prompts, answers, answer_ids):
-    return [-score for score in gold(answers)]
+def lies(completions):
+    return [-score for score in gold(completions)]
 
-def truth(prompts, answers, answer_ids):
-    return gold(answers)
+def truth(completions):
+    return gold(completions)
 """
 FREE = ("ppo.kl_coef=0.0", "ppo.target_kl=10.0", "guard.kl_most=1000.0", "guard.probe_every=2")
 

@@ -17,7 +17,7 @@ from truthward.examples import read_examples
 from truthward.ledger import Planned, Run, plan
 from truthward.principles import read_principles
 from truthward.reasons import require_reasons
-from truthward.recipe import bank_path, labels_path
+from truthward.recipe import bank_path, labels_path, probed
 from truthward.records import Pair, Preference, Prompt, Question, read_demonstrations, read_rows
 from truthward.tables import BANK_OF, Recipe
 
@@ -65,7 +65,7 @@ def read_data(recipe: Recipe) -> None:
         ("reward", recipe.reward.validation, Question),
         ("reward", recipe.reward.principle_bank, Pair),
         ("ppo", recipe.ppo.prompts, Prompt),
-        *([("ppo", recipe.reward.validation, Question)] if recipe.guard.probe_every else []),
+        *([("ppo", recipe.reward.validation, Question)] if probed(recipe) else []),
         *(("base", bank_path(recipe, name), BANKS[BANK_OF.get(name, name)]) for name in ("truth", *recipe.evals.sets)),
         *([("base", labels_path(recipe), Labelled)] if "open" in recipe.evals.sets else []),
         ("base", recipe.evals.style_bank, Question),

@@ -22,9 +22,9 @@ from typing import Any
 
 from truthward import provenance
 from truthward.errors import UserError
-from truthward.fingerprint import by_content, code_of, digest, hash_code, hash_path, named_path
+from truthward.fingerprint import by_content, code_of, digest, hash_code, hash_path
 from truthward.reading import parse_json, read_text
-from truthward.recipe import DATA_KEYS, bank_path, guard_settings, judge_settings, labels_path, ppo_base, sets_of, settings
+from truthward.recipe import DATA_KEYS, eval_paths, guard_settings, judge_settings, ppo_base, ppo_paths, settings
 from truthward.recorded import require_manifest
 from truthward.redaction import clean
 from truthward.tables import MODEL_STAGES, Recipe
@@ -144,15 +144,11 @@ def _reads(recipe: Recipe, name: str, stage: str) -> list[str]:
         folder = recipe.judge.model not in MODEL_STAGES and not recipe.judge.base_url and os.path.isdir(recipe.judge.model)
         paths += [recipe.judge.model] if folder else []
     if stage == "evals":
-        scored = name.removeprefix("evals-")
-        sets, table = sets_of(recipe, scored), recipe.evals
-        banks = [bank_path(recipe, n) for n in sets] + [labels_path(recipe)] * ("open" in sets)
-        paths += [p for p in (*banks, *table.files.values(), table.primer) if p]
+        paths += eval_paths(recipe, name.removeprefix("evals-"))
     if stage == "base" and os.path.isdir(recipe.model.base):
         paths.append(recipe.model.base)
-    if stage == "ppo":  # a reward function's file, a classifier's folder; a hub id is no path
-        paths += [path for source in recipe.ppo.rewards if source != "reward" and (path := named_path(source))]
-        paths += [recipe.reward.validation] * (0 < recipe.guard.probe_every <= recipe.ppo.iterations)
+    if stage == "ppo":
+        paths += ppo_paths(recipe)
     return paths
 
 

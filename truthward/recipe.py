@@ -16,6 +16,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from truthward.errors import UserError
+from truthward.fingerprint import named_path
 from truthward.reading import read_toml, require_plain
 from truthward.tables import BANK_OF, Benchmark, EvalSet, Guard, Origin, Recipe, Server, Table, Training, Watch
 
@@ -90,6 +91,11 @@ def guard_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     return {k: v for k, v in settings(recipe, "guard").items() if k in kept}
 
 
+def probed(recipe: Recipe) -> bool:
+    """Whether PPO runs long enough to be asked held-out questions on the way."""
+    return 0 < recipe.guard.probe_every <= recipe.ppo.iterations
+
+
 def sets_of(recipe: Recipe, stage: str) -> list[str]:
     """What a stage's model is measured on."""
     return ["truth"] if stage in recipe.evals.brief else list(recipe.evals.sets)
@@ -104,6 +110,19 @@ def bank_path(recipe: Recipe, name: str) -> str:
 def labels_path(recipe: Recipe) -> str:
     """Where the labelled answers lie by which the judge of open answers is measured."""
     return str(Path(recipe.evals.banks) / "open" / "dev")
+
+
+def eval_paths(recipe: Recipe, stage: str) -> list[str]:
+    """What is read beside the evals' own keys to measure a stage's model, each once."""
+    sets, table = sets_of(recipe, stage), recipe.evals
+    banks = [bank_path(recipe, n) for n in sets] + [labels_path(recipe)] * ("open" in sets)
+    return list(dict.fromkeys(p for p in (*banks, *table.files.values(), table.primer) if p))
+
+
+def ppo_paths(recipe: Recipe) -> list[str]:
+    """What PPO reads beside its own keys: a function's file, a classifier's folder (no hub id), the probe's questions."""
+    named = [path for source in recipe.ppo.rewards if source != "reward" and (path := named_path(source))]
+    return named + [recipe.reward.validation] * probed(recipe)
 
 
 def table_names() -> list[str]:
