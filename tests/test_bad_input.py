@@ -23,7 +23,8 @@ from truthward.banks import BANKS, Labelled
 from truthward.examples import read_examples
 from truthward.ledger import plan
 from truthward.principles import read_constitution
-from truthward.recipe import load_recipe, missing_reasons
+from truthward.reasons import missing_reasons
+from truthward.recipe import load_recipe
 from truthward.records import Demonstration, Margin, Pair, Preference, Prompt, Revision, read_rows, write_rows
 from truthward.tables import Recipe
 

@@ -188,9 +188,8 @@ def test_two_processes_compare_their_weights(tmp_path, moved):
         assert not (tmp_path / "0" / "manifest.json").exists()
     else:
         assert all("differ from the others in weights at step 4" in words for words in said)
-        assert [i["kind"] for i in json.loads((tmp_path / "0" / "manifest.json").read_text())["incidents"]] == [
-            "ranks disagree"
-        ]
+        written = json.loads((tmp_path / "0" / "manifest.json").read_text())
+        assert [i["kind"] for i in written["incidents"]] == ["ranks disagree"]
         assert not (tmp_path / "1" / "manifest.json").exists()
 
 
