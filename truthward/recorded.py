@@ -6,6 +6,7 @@ and may be anything; those that are named are what our commands read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -243,14 +244,26 @@ def read_evals(path: Path) -> dict[str, Any]:
     """
     value = parse_json(read_text(path), str(path))
     _require(value, Evaluation, str(path))
-    compared = [value[key] for key in ("against_parent", "against_base") if value.get(key)]
-    begun = [("metrics", value["metrics"]), *(("differences", other["differences"]) for other in compared)]
-    for key, found in [*begun, *(("baselines", scores) for scores in value.get("baselines", {}).values())]:
+    for key, found in _begin_with_truth(value):
         if missing := [name for name in TRUTH if found.get(name) is None]:
-            raise UserError(
-                f"{key}: {', '.join(missing)} missing; cards and reports begin with them", where=str(path), fix=FIX
-            )
+            what = f"{key}: {', '.join(missing)} missing; cards and reports begin with them"
+            raise UserError(what, where=str(path), fix=FIX)
     return value
+
+
+def _begin_with_truth(value: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Everything in an ``evals.json`` that must hold the three numbers of the truth set, with where it lies."""
+    yield "metrics", value["metrics"]
+    for key in ("against_parent", "against_base"):
+        if value.get(key):
+            yield f"{key}.differences", value[key]["differences"]
+    for name, scores in value.get("baselines", {}).items():
+        yield f"baselines.{name}", scores
+    for topic, scores in value["by_topic"].get("truth", {"": {}}).items():
+        yield f"by_topic.truth.{topic}", scores
+    for number, item in enumerate(value["items"]):
+        if item["set"] == "truth":
+            yield f"items.{number}.values", {f"truth.{column}": number for column, number in item["values"].items()}
 
 
 def _require(value: Any, kind: type[Recorded], where: str) -> None:
