@@ -106,8 +106,9 @@ def test_every_pin_of_trls_environment_is_exact() -> None:
 def test_newest_takes_the_last_complete_preference_model_with_its_own_parents(ppo: ModuleType, tmp_path: Path) -> None:
     def run(name: str, finished: str = "2026-01-01", **parents: str) -> None:
         (tmp_path / name).mkdir()
+        recipe = {"name": "x", "stages": ["sft"], "model": {"base": "x"}}
         end = {"status": "complete", "finished": finished} if finished else {"status": "running"}
-        Run(tmp_path / name).record(stage=name.split("-")[0], parents=parents, **end)
+        Run(tmp_path / name).record(stage=name.split("-")[0], parents=parents, recipe=recipe, **end)
 
     run("base-1")
     run("sft-1", model="base-1")

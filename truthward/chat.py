@@ -6,6 +6,7 @@ what training, scoring and sampling see are the same tokens. Many silent faults 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from typing import TYPE_CHECKING, Any
@@ -87,8 +88,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, messages: Any, written: list[str], 
     for text in written:
         _require_tokens(tokenizer, text)
     if any(map(_control(tokenizer).search, written)):
-        found: Any = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True, **options)
-        return found["input_ids"]
+        with contextlib.suppress(ValueError):  # of one whose control tokens are plain words, which nothing tells apart
+            found: Any = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True, **options)
+            return found["input_ids"]
     whole: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return tokenizer(whole, add_special_tokens=False)["input_ids"]
 
