@@ -137,9 +137,7 @@ class ClassifierReward:
     def _encode(self, prompt: str, answer: str) -> dict[str, Any]:
         """What the model takes of what its tokenizer makes: some need to be told which tokens are the answer's."""
         if self.tokenizer.chat_template:
-            turns = [*chat.user(prompt), {"role": "assistant", "content": answer}]
-            options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
-            row = self.tokenizer.apply_chat_template(turns, **options)
+            row = chat.rendered(self.tokenizer, [*chat.user(prompt), {"role": "assistant", "content": answer}])
         else:
             row = self.tokenizer(prompt, answer, split_special_tokens=True)
         taken = inspect.signature(self.model.forward).parameters

@@ -17,6 +17,8 @@ from truthward.ledger import Run, plan
 from truthward.records import Preference, Prompt, Revision, read_rows
 from truthward.stage import run_stage
 
+SPREAD = {"temperature": 1.0, "brier": 0.2, "ece": 0.1}  # of a judge's probabilities
+
 
 def test_principles_are_drawn_by_weight_without_repetition_and_by_seed():
     some = [principle("a"), principle("b", 2.0), principle("c", 7.0)]
