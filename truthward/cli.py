@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ def main() -> None:
     for name, about in (("run", "run every stage"), ("check", "check a recipe"), ("report", "write report.html")):
         sub = commands.add_parser(name, help=about, description=about, parents=[stage.arguments(about, add_help=False)])
         sub.set_defaults(work=globals()[f"_{name}"])
+        if name == "check":
+            sub.add_argument("--brief", action="store_true", help="what was found alone, as a run starts with it")
         if name == "run":
             sub.add_argument("--override", default="", metavar="REASON", help="go on where a gate says stop; on record")
     talk = commands.add_parser("chat", help="talk to the model of any stage")
@@ -82,7 +85,7 @@ def _load(options: argparse.Namespace) -> Recipe:
 def _check(options: argparse.Namespace) -> None:
     from truthward.check import check
 
-    check(_load(options), options.recipe)
+    check(_load(options), options.recipe, brief=options.brief, launching=options.brief)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -90,7 +93,8 @@ def _run(options: argparse.Namespace) -> None:
     from truthward.check import check
 
     recipe = _load(options)
-    check(recipe, options.recipe, brief=True)
+    check(recipe, options.recipe, brief=True, launching=True)
+    os.environ[stage.CHECKED] = stage.plan_digest(recipe)  # the stages need not check again
     arguments = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else [])]
     try:
         for name, planned in plan(recipe).items():

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from truthward.console import say
 from truthward.errors import GateFailed, TrainingFault, UserError
-from truthward.ledger import Run, is_done, open_run, plan
+from truthward.ledger import Run, digest, is_done, open_run, plan
 from truthward.recipe import load_recipe, require_reasons
 from truthward.tables import Recipe
 
 Work = Callable[[Recipe, Run], None]
+CHECKED = "TRUTHWARD_CHECKED"  # environment variable: digest of a plan that was checked on the way here
 
 
 def arguments(description: str, *, add_help: bool = True) -> argparse.ArgumentParser:
@@ -67,6 +69,25 @@ def _gated(recipe: Recipe, name: str, work: Work, again: Work | None, override: 
         say(f"  [yellow]gate overridden[/]: {failure}")
 
 
+def plan_digest(recipe: Recipe) -> str:
+    """Of everything that the check could find otherwise: settings, data and code of all stages."""
+    return digest({name: planned.fingerprint for name, planned in plan(recipe).items()})
+
+
+def _check(options: argparse.Namespace, recipe: Recipe) -> None:
+    """The check before launch, unless ``truthward run`` made it for this very plan; on the first rank alone.
+
+    It runs in a process of its own: it can stop a stage, but nothing that it imports, draws or holds in memory can reach the
+    result. So its rules are no part of the stage's code, and may change without a new fingerprint.
+    """
+    if int(os.environ.get("RANK", "0")) or os.environ.get(CHECKED) == plan_digest(recipe):
+        return
+    words = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else []), "--brief"]
+    code = subprocess.run([sys.executable, "-m", "truthward", "check", *words], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
 def _fetch_base(recipe: Recipe) -> None:
     """The base model is what every stage needs and no one thinks of: fetch it when it is not there."""
     from truthward import base
@@ -93,6 +114,12 @@ def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None 
     def begin() -> None:
         recipe = load_recipe(options.recipe, options.overrides, options.why)
         require_reasons(recipe, options.recipe)
+        planned = plan(recipe)
+        if expand and options.only and options.only not in planned:
+            named = [n for n, this in planned.items() if this.stage == name]
+            raise UserError(f"there is no run {options.only}", where="--only", fix=f"they are {', '.join(named)}")
+        if name not in planned or not is_done(planned[name].path):
+            _check(options, recipe)
         if name != "base":
             _fetch_base(recipe)
         names = [name] if expand is None else [n for n in expand(recipe) if options.only in (None, n)]

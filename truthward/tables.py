@@ -249,6 +249,10 @@ class Launch(Table):
     deepspeed: str | None = Field(None, description="DeepSpeed configuration (JSON)")
 
 
+class Check(Table):
+    accept: list[str] = Field([], description='findings to go on with, by rule or "rule@where" (docs/check.md)')
+
+
 class Recipe(Table):
     name: str = Field("", description="runs go to runs/<name>; the file's name if empty")
     seed: int = Field(17, ge=0, lt=2**32, description="every random draw derives from it")
@@ -265,3 +269,4 @@ class Recipe(Table):
     ppo: Ppo = Ppo()
     evals: Evals = Evals()
     launch: Launch = Launch()
+    check: Check = Check()
