@@ -8,17 +8,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from truthward.check import (  # in the order in which their rules are asked
-    machine,
-    pipeline,
-    policy,
-    ranges,
-    ranks,
-    rewards,
-    rows,
-    tokens,
-    training,
-)
+from truthward.check import machine, pipeline, policy, ranges, ranks, rewards, rows, tokens, training
 from truthward.check.facts import Facts
 from truthward.check.findings import RULES, Finding, accept, as_finding, counted, refuse, tell
 from truthward.check.memory import GB
@@ -28,7 +18,7 @@ from truthward.ledger import Run
 from truthward.tables import Recipe
 
 __all__ = ["Facts", "Finding", "check", "examine", "rows"]
-THEMES = (rows, pipeline, training, ranges, policy, tokens, rewards, machine, ranks)
+THEMES = (rows, pipeline, training, ranges, policy, tokens, rewards, machine, ranks)  # in the order in which they are asked
 
 
 def check(recipe: Recipe, where: str, *, brief: bool = False, launching: bool = False) -> None:
@@ -60,7 +50,8 @@ def check(recipe: Recipe, where: str, *, brief: bool = False, launching: bool = 
 def examine(facts: Facts) -> list[Finding]:
     """What all rules find, with what the recipe accepts as notes."""
     findings: list[Finding] = []
-    for rule in RULES:
+    themes = [theme.__name__ for theme in THEMES]
+    for rule in sorted(RULES, key=lambda rule: themes.index(rule.find.__module__)):
         try:
             findings += rule.find(facts)
         except UserError as fault:

@@ -311,7 +311,7 @@ class Facts:
         return packed(lengths, table.max_length) if stage == "sft" and table.packing else len(lengths)
 
     def loader(self, stage: str) -> tuple[int, int, int]:
-        """Of a stage on a TRL trainer: rows of a micro-batch over all ranks, micro-batches of a step, micro-batches of a pass.
+        """Of a stage on a TRL trainer: rows of a micro-batch over all ranks, micro-batches of a step and of a pass.
 
         A last micro-batch that is not full is dropped (``dataloader_drop_last``).
         """

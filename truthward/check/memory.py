@@ -142,7 +142,7 @@ def _base_of(facts: Facts) -> str:
 
 
 def _scoring(facts: Facts, width: int) -> float:
-    """A pass of the preference model over labelled pairs, without gradients: attention's scores of one layer, three times."""
+    """A pass of the preference model over labelled pairs, without gradients: attention's scores of a layer, three times."""
     pairs = facts.rows(facts.recipe.reward.principle_bank, Pair)
     texts = [facts.render(chat.user(p.prompt)) + p.better + p.worse for p in pairs]
     longest = max(facts.lengths(texts), default=0)

@@ -85,7 +85,7 @@ def _examples(path: str) -> int:
 @rule("judge-unlabelled", "judge-pairs-few", "judge-unqualified", "judge-key")
 def judging(facts: Facts) -> Found:
     """Whether the judge can qualify, and did where it was measured."""
-    recipe, judge = facts.recipe, facts.recipe.judge
+    judge = facts.recipe.judge
     for _, table in facts.uses("constitution"):
         counts: dict[str, int] = {}
         for pair in facts.rows(judge.bank, Pair):

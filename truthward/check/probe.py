@@ -18,7 +18,8 @@ def main() -> None:
     path, _, name = sys.argv[1].rpartition(":")
     sys.path[:0] = [str(Path.cwd())]
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function, given = getattr(module, name), json.load(sys.stdin)

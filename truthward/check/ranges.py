@@ -87,9 +87,9 @@ RANGES = [
         most=0.8,
     ),
     Range("ppo.value_clip_range", 0.02, 10, "the critic can hardly move in an iteration", "the critic is not held at all"),
-    Range("ppo.gae_lambda", 0.8, 1, "the score at the end hardly reaches the tokens that earned it", least=0.3),
+    Range("ppo.gae_lambda", 0.8, INF, "the score at the end hardly reaches the tokens that earned it", least=0.3),
     Range("ppo.temperature", 0.5, 1.5, "samples are nearly alike: there is nothing to compare", "samples are word salad"),
-    Range("ppo.epochs", 1, 8, "", "so many passes over the same rollout train on what an older policy did"),
+    Range("ppo.epochs", 0, 8, "", "so many passes over the same rollout train on what an older policy did"),
     Range("ppo.entropy_coef", 0, 0.1, "", "the bonus for noise outweighs the reward", most=2),
     Range("ppo.ptx_coef", 0, 30, "", "demonstrations outweigh the reward"),
     Range("ppo.value_coef", 0.001, 10, "the critic takes no part in the common gradient norm", "the critic takes all of it"),
@@ -100,7 +100,7 @@ RANGES = [
         "samples of one prompt are nearly alike: no pair differs enough to be judged",
         "answers, critiques and revisions are word salad",
     ),
-    Range("constitution.min_confidence", 0.5, 0.95, "", "hardly any pair is so sure: there would be no rows"),
+    Range("constitution.min_confidence", 0, 0.95, "", "hardly any pair is so sure: there would be no rows"),
     Range("distill.temperature", 0.2, 1.3, "answers show little of what the model may say", "answers are word salad"),
     Range(
         "distill.alpha",
@@ -116,7 +116,12 @@ RANGES = [
 
 def names(ranges: list[Range]) -> list[str]:
     """Names of what these can find, as ``beta-low``."""
-    return sorted({f"{r.key.partition('.')[2].replace('_', '-')}-{end}" for r in ranges for end in ("low", "high")})
+    lows = {_name(r.key, "low") for r in ranges if r.low > 0}
+    return sorted(lows | {_name(r.key, "high") for r in ranges if r.high < INF})
+
+
+def _name(key: str, end: str) -> str:
+    return f"{key.partition('.')[2].replace('_', '-')}-{end}"
 
 
 @rule(*names(RANGES))
@@ -136,4 +141,4 @@ def ranges(facts: Facts) -> Found:
         tell = warning if least <= value <= most else error
         end, why = ("low", below) if value < low else ("high", above)
         text = f"{value:g} is unusually {end}"
-        yield tell(f"{name.replace('_', '-')}-{end}", key, text, why=why, fix=f"{usual} is usual")
+        yield tell(_name(key, end), key, text, why=why, fix=f"{usual} is usual")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from truthward.banks import BANKS
 from truthward.check.facts import Facts
 from truthward.check.findings import Found, as_finding, error, rule, warning
+from truthward.errors import UserError
 from truthward.records import Pair, Preference, Prompt, Question
 from truthward.tables import BANK_OF
 
@@ -148,7 +149,7 @@ def _splits(facts: Facts) -> Iterable[tuple[str, str, list[Twin], list[str]]]:
         if Path(other).exists():
             asked, also = ([r.asked[0] for r in facts.rows(p, BANKS[bank])] for p in (path, other))  # type: ignore[attr-defined]
             found = twins(asked, also)
-            if len(found) > 0.01 * max(1, len(asked)):
+            if len(found) > 0.01 * min(len(asked), len(also)):
                 yield path, other, found, asked
 
 
@@ -160,7 +161,7 @@ def unreadable(facts: Facts) -> Found:
     """Rows and paths that cannot be read: all of them, not only the first."""
     facts.read_all()
     _ = facts.planned
-    told = {}
+    told: dict[str, UserError] = {}
     for fault in facts.faults:
         told.setdefault(fault.where, fault)
     for fault in told.values():
@@ -237,7 +238,7 @@ def _labels(source: str, rows: list[Preference]) -> Found:
 def encodings(facts: Facts) -> Found:
     """Text that was read in a wrong encoding somewhere on its way."""
     texts: dict[str, list[str]] = {}
-    for key, path in facts.demonstrated():
+    for _, path in facts.demonstrated():
         texts.setdefault(path, []).extend(m.content for d in facts.demonstrations(path) for m in d.messages)
     for stage in ("reward", "dpo"):
         for source, rows in facts.preferences(stage).items():

@@ -145,7 +145,8 @@ def _packed(facts: Facts, encoded: list[tuple[list[int], list[bool]]], learnt: i
     columns: Any = pack_dataset(Dataset.from_list(rows), room, "bfd")["labels"]
     after = [i for labels in columns for i in labels if i != -100]
     if (len(after), after.count(facts.tokenizer.eos_token_id)) != (learnt, ended):
-        text = f"packing leaves {len(after)} of {learnt} labels, and {after.count(facts.tokenizer.eos_token_id)} of {ended} ends"
+        left = after.count(facts.tokenizer.eos_token_id)
+        text = f"packing leaves {len(after)} of {learnt} labels, and {left} of {ended} ends"
         why = "what was cut is never learned, and nothing says so"
         fix = "set sft.packing = false, or install the version of TRL that constraints.txt names"
         yield error("packing-loses", "sft.packing", text, why=why, fix=fix)
@@ -164,8 +165,8 @@ def long_rows(facts: Facts) -> Found:
         long = [n for n in counts if n > table.max_length]
         if long:
             row: Texts = facts.texts[stage][counts.index(long[0])]
-            text = f"{len(long)} of {len(counts)} rows ({len(long) / len(counts):.1%}) are longer than {table.max_length} tokens"
-            text += f" (longest {max(long)}; the first is {row.where})"
+            share = f"{len(long)} of {len(counts)} rows ({len(long) / len(counts):.1%})"
+            text = f"{share} are longer than {table.max_length} tokens (longest {max(long)}; the first is {row.where})"
             why = "cut, they would teach answers that never end; so the stage refuses them"
             fix = f"raise {stage}.max_length to {max(long)}, or shorten or drop these rows"
             yield error("row-long", f"{stage}.max_length", text, why=why, fix=fix)
@@ -176,7 +177,8 @@ def long_rows(facts: Facts) -> Found:
         prompts = [p.prompt for p in facts.rows(table.prompts, Prompt)]
         counts = facts.lengths([facts.render(chat.user(text)) for text in prompts])
         if long := [n for n in counts if n > table.max_prompt_tokens]:
-            text = f"{len(long)} of {len(counts)} prompts are longer than {table.max_prompt_tokens} tokens (longest {max(long)})"
+            text = f"{len(long)} of {len(counts)} prompts are longer than {table.max_prompt_tokens} tokens"
+            text += f" (longest {max(long)})"
             fix = f"raise it to {max(long)}, or drop these prompts"
             yield error("prompt-long", "ppo.max_prompt_tokens", text, why="PPO would stop at the first", fix=fix)
         if 0 < facts.shape.positions < table.max_prompt_tokens + table.max_new_tokens:

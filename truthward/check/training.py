@@ -96,7 +96,7 @@ def length_of_run(facts: Facts) -> Found:
 @rule("rows-dropped", "step-partial", "accumulation-deep")
 def batches(facts: Facts) -> Found:
     """What the arithmetic of batches leaves out or weighs otherwise."""
-    for stage, table in facts.uses("sft", "reward", "dpo"):
+    for stage, _ in facts.uses("sft", "reward", "dpo"):
         whole, accumulated, count = facts.loader(stage)
         rows, last = facts.sequences(stage), count % accumulated
         where = f"{stage}.batch_size"
