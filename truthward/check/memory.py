@@ -76,10 +76,10 @@ def sharded(states: States, zero: int, ranks: int, layer: float = 0) -> tuple[fl
 def activations(shape: Shape, tokens: int, longest: int, trees: int, rank: int, width: int) -> float:
     """What autograd keeps of a forward pass over a row.
 
-    A token of a layer keeps: the two residual streams and two normed inputs (4 H), query and what attention gave (2 H), keys
-    and values as every head sees them (2 H), the MLP's gate before and after its activation, its other half and their
-    product (4 I), and what is inside the seven adapters (7 r). Trees attend as a padded batch by plain products, so
-    that query, keys and values are there once more, and each head's weights are kept.
+    A token of a layer keeps: the two residual streams and two normed inputs (4 H), query and what attention gave (2 H), the
+    MLP's gate before and after its activation, its other half and their product (4 I), and what is inside the seven adapters
+    (7 r). A packed row keeps keys and values as every head sees them (2 H), and a row of the mask; trees keep them as they
+    are, and as a padded batch query, keys and values (3 H) and each head's weights.
 
     Args:
         tokens: of the row.
@@ -89,9 +89,12 @@ def activations(shape: Shape, tokens: int, longest: int, trees: int, rank: int, 
         width: bytes of an element.
     """
     h, inner = shape.hidden, shape.inner
-    flat = 8 * h + 4 * inner + 7 * rank + (0 if trees else tokens)
-    padded = trees * longest * (h + shape.heads * longest)
-    return shape.layers * (tokens * flat + padded) * width
+    once = 6 * h + 4 * inner + 7 * rank
+    if not trees:
+        return shape.layers * tokens * (once + 2 * h + tokens) * width
+    padded = trees * longest * (3 * h + shape.heads * longest)
+    kept = tokens * (once + 2 * h * shape.kv_heads // shape.heads) + padded
+    return shape.layers * kept * width
 
 
 def predict(facts: Facts, stage: str, device: str, width: int, zero: int | None = None) -> Memory | None:
