@@ -23,7 +23,7 @@ def main() -> None:
     options = stage.arguments("memory: predicted and measured").parse_args()
     recipe = load_recipe(options.recipe, options.overrides, options.why)
     os.environ[stage.CHECKED] = stage.plan_digest(recipe)
-    for name, planned in plan(recipe).items():
+    for planned in plan(recipe).values():
         if planned.stage != "evals" and not is_done(planned.path):
             words = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else [])]
             module = CODE.get(planned.stage, planned.stage)

@@ -31,16 +31,11 @@ def _a_known_machine(monkeypatch):
     monkeypatch.setattr(hardware, "measure_dtypes", lambda: {"float32": 100.0, "bfloat16": 10.0})
 
 
+EIGHT = ["launch.ranks=8", *(f"{k}.batch_size=32" for k in ("sft", "reward", "dpo")), "ppo.rollouts=64"]
 DEEPSPEED = ["launch.ranks=2", "launch.deepspeed=recipes/deepspeed/zero2.json"]
 PLANTED = [
     Planted("machine-other", "note", "launch", "no GPU here", DEEPSPEED),
-    Planted(
-        "ranks-many",
-        "error",
-        "launch.ranks",
-        "8 ranks on 4 cores",
-        ["launch.ranks=8", "dpo.batch_size=32", "reward.batch_size=32", "sft.batch_size=8", "ppo.rollouts=64"],
-    ),
+    Planted("ranks-many", "error", "launch.ranks", "8 ranks on 4 cores", EIGHT),
     Planted("threads-many", "error", "model.threads", "16 threads on 4 cores", ["model.threads=16"]),
     Planted("threads-many", "warning", "model.threads", "each of 2 ranks", ["launch.ranks=2"]),
     Planted("package-absent", "error", "evals.lm_eval", "lm_eval", ['evals.lm_eval=["arc_easy"]']),
@@ -82,8 +77,9 @@ def test_a_full_disk_is_found_with_what_is_needed(monkeypatch):
     (finding,) = find("disk-short", facts("laptop", []))
     assert finding.level == "error"
     assert "1.0 GB are free" in finding.what
-    more = find("disk-short", facts("laptop", ['sft.tune="full"']))[0].what
-    assert float(more.split()[-2]) > float(finding.what.split()[-2]) + 2  # two checkpoints of 135M with moments
+    (more,) = find("disk-short", facts("laptop", ['sft.tune="full"']))
+    needed = [float(f.what.split("about ")[1].removesuffix(" GB")) for f in (finding, more)]
+    assert needed[1] > needed[0] + 2  # two checkpoints of 135M parameters with both moments
 
 
 # --------------------------------------------------------------------------------------------------------------- storage
@@ -121,7 +117,7 @@ def test_the_round_trip_leaves_nothing_behind(tmp_path):
 
 
 def test_states_are_shared_out_as_in_the_zero_paper():
-    """7.5B parameters, mixed precision with Adam, 64 ranks: 120, 31.4, 16.6 and 1.9 GB (Rajbhandari et al. 2020, figure 1)."""
+    """7.5B parameters, mixed precision with Adam, 64 ranks: 120, 31.4, 16.6 and 1.9 GB (Rajbhandari et al., fig. 1)."""
     states = States(frozen=0, trained=7.5e9, weight=2, gradient=2, optimizer=12)
     totals = [sum(sharded(states, stage, 64)) / 1e9 for stage in range(4)]
     assert totals == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
@@ -208,7 +204,7 @@ def test_predictions_grow_with_what_they_are_made_of():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_prediction_is_within_ten_percent_of_what_a_stage_takes(lab, stage, tmp_path):
+def test_a_prediction_is_within_ten_percent_of_what_a_stage_takes(stage, tmp_path):
     changes = [f"runs={tmp_path}", "unexplained=warn", f"{stage}.micro_batch_size=1", f"{stage}.batch_size=4"]
     changes += (
         ['stages=["base","sft"]']
@@ -237,7 +233,7 @@ def test_the_odd_rank_is_named_with_its_host():
 def test_the_slowest_link_is_named():
     links = [Link(0, 1, 5e-5, 1e10), Link(0, 2, 5e-5, 1e9), Link(1, 2, 5e-3, 1e10)]
     slow, late, summary = ranks.judge_links(links, ["x", "y", "z"])
-    assert "ranks 0 (x) and 2 (z): 1.00 GB/s, the median link 10.00" in slow.what
+    assert "ranks 0 (x) and 2 (z): 1.00 GB/s, a good link here 10.00" in slow.what
     assert "ranks 1 (y) and 2 (z): 5000 µs" in late.what
     assert (slow.rule, summary.level) == ("link-slow", "note")
     even = [Link(a, b, 5e-5, 1e10) for a, b in ((0, 1), (0, 2), (1, 2))]
