@@ -273,15 +273,15 @@ def test_a_plan_that_was_checked_on_the_way_is_not_checked_again(tmp_path, monke
     recipe = load_recipe("recipes/tiny.toml", [f"runs={tmp_path}"])
     options = stage.arguments("x").parse_args(["recipes/tiny.toml", f"runs={tmp_path}"])
     monkeypatch.delenv(stage.CHECKED, raising=False)
-    stage._check(options, recipe)
+    stage.check_first(options, recipe)
     assert asked[0][-2:] == [f"runs={tmp_path}", "--brief"]
     monkeypatch.setenv(stage.CHECKED, "another plan")
-    stage._check(options, recipe)
+    stage.check_first(options, recipe)
     monkeypatch.setenv(stage.CHECKED, stage.plan_digest(recipe))
-    stage._check(options, recipe)
+    stage.check_first(options, recipe)
     monkeypatch.setenv(stage.CHECKED, "another plan")
     monkeypatch.setenv("RANK", "1")
-    stage._check(options, recipe)
+    stage.check_first(options, recipe)
     assert len(asked) == 2
 
 

@@ -74,18 +74,20 @@ def plan_digest(recipe: Recipe) -> str:
     return digest({name: planned.fingerprint for name, planned in plan(recipe).items()})
 
 
-def _check(options: argparse.Namespace, recipe: Recipe) -> None:
-    """The check before launch, unless ``truthward run`` made it for this very plan; on the first rank alone.
+def check_first(options: argparse.Namespace, recipe: Recipe) -> None:
+    """The check before launch, unless it was made on the way here for this very plan; on the first rank alone.
 
     It runs in a process of its own: it can stop a stage, but nothing that it imports, draws or holds in memory can reach the
     result. So its rules are no part of the stage's code, and may change without a new fingerprint.
     """
-    if int(os.environ.get("RANK", "0")) or os.environ.get(CHECKED) == plan_digest(recipe):
+    plan_now = plan_digest(recipe)
+    if int(os.environ.get("RANK", "0")) or os.environ.get(CHECKED) == plan_now:
         return
     words = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else []), "--brief"]
     code = subprocess.run([sys.executable, "-m", "truthward", "check", *words], check=False).returncode
     if code:
         sys.exit(code)
+    os.environ[CHECKED] = plan_now
 
 
 def _fetch_base(recipe: Recipe) -> None:
@@ -119,7 +121,7 @@ def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None 
             named = [n for n, this in planned.items() if this.stage == name]
             raise UserError(f"there is no run {options.only}", where="--only", fix=f"they are {', '.join(named)}")
         if name not in planned or not is_done(planned[name].path):
-            _check(options, recipe)
+            check_first(options, recipe)
         if name != "base":
             _fetch_base(recipe)
         names = [name] if expand is None else [n for n in expand(recipe) if options.only in (None, n)]
