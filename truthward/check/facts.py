@@ -31,6 +31,7 @@ from truthward.tables import BANK_OF, Recipe
 
 R = TypeVar("R", bound=Row)
 TRAINED = ("sft", "distill", "reward", "dpo", "ppo")
+PACKED_TOGETHER = 1000  # rows that TRL packs at a time
 TOY = 10_000_000  # parameters below which a model is for tests, and what is usual for models says nothing
 
 
@@ -308,7 +309,10 @@ class Facts:
     def sequences(self, stage: str) -> int:
         """Rows that a stage's loader sees in a pass: packed sequences, or conversations or prompts."""
         lengths, table = self.tokens(stage), getattr(self.recipe, stage)
-        return packed(lengths, table.max_length) if stage == "sft" and table.packing else len(lengths)
+        if stage != "sft" or not table.packing:
+            return len(lengths)
+        starts = range(0, len(lengths), PACKED_TOGETHER)
+        return sum(packed(lengths[i : i + PACKED_TOGETHER], table.max_length) for i in starts)
 
     def loader(self, stage: str) -> tuple[int, int, int]:
         """Of a stage on a TRL trainer: rows of a micro-batch over all ranks, micro-batches of a step and of a pass.
