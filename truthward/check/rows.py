@@ -136,7 +136,7 @@ def held_out(facts: Facts) -> Found:
 
 
 def _splits(facts: Facts) -> Iterable[tuple[str, str, list[Twin], list[str]]]:
-    """Banks with the other half of theirs, where more than one in a hundred questions is in both."""
+    """Banks with the other half of theirs, where a question is in both, or many nearly are."""
     recipe = facts.recipe
     others = {recipe.evals.truth: (recipe.reward.validation, "truth")}
     for name in recipe.evals.sets:
@@ -149,7 +149,7 @@ def _splits(facts: Facts) -> Iterable[tuple[str, str, list[Twin], list[str]]]:
         if Path(other).exists():
             asked, also = ([r.asked[0] for r in facts.rows(p, BANKS[bank])] for p in (path, other))  # type: ignore[attr-defined]
             found = twins(asked, also)
-            if len(found) > 0.01 * min(len(asked), len(also)):
+            if any(t.exact for t in found) or len(found) > 0.05 * min(len(asked), len(also)):
                 yield path, other, found, asked
 
 
