@@ -10,7 +10,8 @@ from test_data import near
 
 from truthward import banks
 from truthward.banks import BANKS, Dated, Fact, Prose, Situation, Twins, Voice
-from truthward.check import _training_texts, leaked
+from truthward.check import Facts
+from truthward.check.rows import leaked, training_texts
 from truthward.recipe import bank_path, load_recipe
 from truthward.records import Question, read_rows
 from truthward.tables import BANK_OF, EvalSet
@@ -58,9 +59,10 @@ def test_nothing_is_asked_twice(name):
 
 def test_nothing_that_is_asked_stands_in_the_training_data(laptop, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert leaked(laptop) == []
+    subject = Facts(laptop, "recipes/laptop.toml")
+    assert leaked(subject) == []
     assert len(banks.tested_texts(laptop)) > 1500
-    assert len(_training_texts(laptop)) > 900
+    assert len(training_texts(subject)) > 900
 
 
 # ----------------------------------------------------------------------------------------------------- surface marks

@@ -12,7 +12,10 @@ from lab import ROOT, write
 
 from truthward import cli
 from truthward.banks import BANKS
-from truthward.check import check, leaked, read_data
+from truthward.check import Facts, check, examine
+from truthward.check import facts as facts_module
+from truthward.check.findings import RULES
+from truthward.check.rows import leaked
 from truthward.console import console
 from truthward.errors import UserError
 from truthward.recipe import load_recipe
@@ -93,16 +96,20 @@ def test_a_test_question_in_the_training_data_is_refused_with_both_texts(tmp_pat
 
 
 def test_another_question_of_the_same_topic_is_no_leak(tmp_path, tiny):
-    assert leaked(tiny(planted(tmp_path, "ppo.prompts", "How many moons does the planet Mars have?"))) == []
+    changed = tiny(planted(tmp_path, "ppo.prompts", "How many moons does the planet Mars have?"))
+    assert leaked(Facts(changed, "my.toml")) == []
 
 
 def test_what_no_stage_of_the_recipe_reads_is_not_searched(tmp_path, tiny):
-    assert leaked(tiny(planted(tmp_path, "ppo.prompts", TEST_ROW["question"]), 'stages=["base", "sft"]')) == []
+    changed = tiny(planted(tmp_path, "ppo.prompts", TEST_ROW["question"]), 'stages=["base", "sft"]')
+    assert leaked(Facts(changed, "my.toml")) == []
 
 
-@pytest.mark.parametrize("name", ["laptop", "tiny"])
-def test_the_shipped_recipes_do_not_leak(name):
-    assert leaked(load_recipe(f"recipes/{name}.toml")) == []
+@pytest.mark.parametrize("name", ["laptop", "tiny", "cluster-8b"])
+def test_a_shipped_recipe_gives_no_error_and_no_warning(tmp_path, name):
+    path = f"recipes/{name}.toml"
+    found = examine(Facts(load_recipe(path, [f"runs={tmp_path}"]), path))
+    assert [str(f) for f in found if f.level != "note"] == []
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -134,8 +141,8 @@ def test_data_that_are_missing_or_faulty_are_found_wherever_they_are_named(tmp_p
 
 def test_every_row_of_the_shipped_data_is_read(tiny, monkeypatch):
     seen = set()
-    monkeypatch.setattr("truthward.check.read_rows", lambda path, kind: seen.add(path))
-    read_data(tiny())
+    monkeypatch.setattr(facts_module, "read_rows", lambda path, kind: seen.add(path) or [])
+    Facts(tiny(), "my.toml").read_all()
     banks = {f"evals/{name}/test" for name in BANKS if name != "truth"} | {"evals/open/dev"}
     assert seen == {f"data/{n}" for n in {"prompts.jsonl", "judge", "truth/train", "truth/dev", "truth/test"} | banks}
 
@@ -160,7 +167,7 @@ def test_a_brief_check_notes_the_missing_reasons_and_no_more(tiny):
     with console.capture() as captured:
         check(tiny(), "my.toml", brief=True)
     lines = captured.get().splitlines()
-    assert lines[0].startswith("note: no reason is given for")
+    assert lines[0].startswith("note: my.toml: no reason is given for")
     assert "ppo.iterations" in captured.get()
     assert len(lines) < 10
 
@@ -198,3 +205,101 @@ def test_a_run_directory_that_is_none_is_told_alike(monkeypatch, capsys):
         cli.main()
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: runs/nothing-there: this is not a run directory")
+
+
+# ------------------------------------------------------------------------------------------ all errors, and what is accepted
+
+
+def test_all_errors_are_told_at_once_and_warnings_do_not_stop(tiny):
+    message = refusal(tiny("ppo.value_coef=0.0", "constitution.rounds=0", 'evals.gate="off"'))
+    assert message.startswith("2 errors in my.toml")
+    for text in ("[critic-untrained]", "[revisions-none]", "why: ", "to do: "):
+        assert text in message
+    assert "gate-off" not in message
+    with console.capture() as captured:
+        check(tiny('evals.gate="off"'), "my.toml", brief=True)
+    assert "warning: evals.gate: the gate of truth is off" in captured.get()
+    assert "[gate-off]" in captured.get()
+
+
+@pytest.mark.parametrize("word", ["critic-untrained", "critic-untrained@ppo.value_coef"])
+def test_an_accepted_error_is_a_note_with_the_recipes_reason(tiny, word):
+    accepted = tiny("ppo.value_coef=0.0", f'check.accept=["{word}"]', 'check.why={accept="the critic is warm already"}')
+    (finding,) = [f for f in examine(Facts(accepted, "my.toml")) if f.rule == "critic-untrained"]
+    assert (finding.level, finding.why) == ("note", "accepted: the critic is warm already")
+    check(accepted, "my.toml", brief=True)
+
+
+def test_what_is_accepted_elsewhere_is_not_accepted_here(tiny):
+    assert "critic-untrained" in refusal(tiny("ppo.value_coef=0.0", 'check.accept=["critic-untrained@sft.value_coef"]'))
+
+
+def test_words_of_accept_that_name_no_rule_or_accept_nothing_are_found(tiny):
+    assert "did you mean critic-untrained?" in refusal(tiny('check.accept=["critic-untrainde"]'))
+    found = examine(Facts(tiny('check.accept=["critic-untrained"]'), "my.toml"))
+    assert [(f.level, f.where) for f in found if f.rule == "accept-idle"] == [("note", "check.accept")]
+
+
+def test_accepting_needs_a_reason(tiny):
+    message = refusal(load_recipe("recipes/laptop.toml", ['check.accept=["gate-off"]']))
+    assert "no reason is given for check.accept" in message
+
+
+def test_every_rule_has_a_planted_mistake_and_stands_in_the_docs():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_check*.py"))
+    page = (ROOT / "docs" / "check.md").read_text()
+    names = {name for rule in RULES for name in rule.names} | {"accept-idle", "accept-unknown"}
+    assert {name for name in names if f'"{name}"' not in sources and name != "accept-unknown"} == set()
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
+# ----------------------------------------------------------------------------------------------------- before every stage
+
+
+def test_a_stage_script_starts_with_the_check_and_stops_at_its_errors(tmp_path):
+    done = command("sft", "recipes/tiny.toml", f"runs={tmp_path}", "ppo.value_coef=0.0")
+    assert done.returncode == 2
+    assert "[critic-untrained]" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_that_was_checked_on_the_way_is_not_checked_again(tmp_path, monkeypatch):
+    from truthward import stage
+
+    asked = []
+    monkeypatch.setattr(
+        stage.subprocess, "run", lambda words, **_: asked.append(words) or subprocess.CompletedProcess(words, 0)
+    )
+    recipe = load_recipe("recipes/tiny.toml", [f"runs={tmp_path}"])
+    options = stage.arguments("x").parse_args(["recipes/tiny.toml", f"runs={tmp_path}"])
+    monkeypatch.setenv(stage.CHECKED, "")
+    stage.check_first(options, recipe)
+    assert asked[0][-2:] == [f"runs={tmp_path}", "--brief"]
+    monkeypatch.setenv(stage.CHECKED, "another plan")
+    stage.check_first(options, recipe)
+    monkeypatch.setenv(stage.CHECKED, stage.plan_digest(recipe))
+    stage.check_first(options, recipe)
+    monkeypatch.setenv(stage.CHECKED, "another plan")
+    monkeypatch.setenv("RANK", "1")
+    stage.check_first(options, recipe)
+    assert len(asked) == 2
+
+
+def test_the_rules_are_no_part_of_any_stages_code():
+    from truthward import ledger
+
+    for name in ("sft", "reward", "constitution", "evals", *ledger.CODE.values()):
+        todo, seen = [name, f"{name}.__main__"], set()
+        while todo:
+            file = None if (module := todo.pop()) in seen else ledger._source_file(module)
+            seen.add(module)
+            todo += ledger._imports(file.read_text()) if file else []
+        assert "truthward.stage" in seen
+        assert not [module for module in seen if module.startswith("truthward.check")]
+
+
+def test_a_run_that_the_stage_does_not_have_is_refused_by_name(tmp_path):
+    done = command("evals", "recipes/tiny.toml", f"runs={tmp_path}", "--only", "evals-stf")
+    assert done.returncode == 2
+    assert "there is no run evals-stf" in done.stderr
+    assert "evals-sft" in done.stderr

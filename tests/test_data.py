@@ -10,7 +10,7 @@ import pytest
 from evals.baselines import learn_style, style_baselines, words
 from evals.suite import exams
 from evals.truth import multiple_choice
-from truthward.check import NEAR
+from truthward.check.rows import NEAR
 from truthward.records import Prompt, Question, read_demonstrations, read_rows
 from truthward.stats import mean_interval
 

@@ -15,7 +15,8 @@ from constitution import distill, student
 from constitution.student import DistillTrainer, collate
 from evals import __main__ as evals
 from truthward import models
-from truthward.check import leaked, read_data
+from truthward.check import Facts
+from truthward.check.rows import leaked, unreadable
 from truthward.errors import TrainingFault, UserError
 from truthward.ledger import Run, plan
 from truthward.products import quicken
@@ -356,6 +357,6 @@ def test_what_can_not_be_done_is_refused(lab, tmp_path, override, words):
 def test_check_reads_its_prompts_and_finds_test_questions_in_them(world, tmp_path):
     write(tmp_path / "asked.jsonl", [{"id": "x", "prompt": "Is the moon real?"}])
     recipe = world.recipe(*overrides(world, f'distill.prompts=["{tmp_path / "asked.jsonl"}"]'))
-    assert ("Is the moon real?", "Is the moon real?", str(tmp_path / "asked.jsonl")) in leaked(recipe)
+    assert ("Is the moon real?", "Is the moon real?", str(tmp_path / "asked.jsonl")) in leaked(Facts(recipe, "lab.toml"))
     (tmp_path / "asked.jsonl").write_text('{"id": 3}\n')
-    assert "asked.jsonl:1" in refusal(lambda: read_data(recipe))
+    assert [f.where for f in unreadable(Facts(recipe, "lab.toml"))] == [f"{tmp_path / 'asked.jsonl'}:1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ def main() -> None:
     for name, about in (("run", "run every stage"), ("check", "check a recipe"), ("report", "write report.html")):
         sub = commands.add_parser(name, help=about, description=about, parents=[stage.arguments(about, add_help=False)])
         sub.set_defaults(work=globals()[f"_{name}"])
+        if name == "check":
+            sub.add_argument("--brief", action="store_true", help="what was found alone, as a run starts with it")
         if name == "run":
             sub.add_argument("--override", default="", metavar="REASON", help="go on where a gate says stop; on record")
     talk = commands.add_parser("chat", help="talk to the model of any stage")
@@ -85,15 +88,13 @@ def _load(options: argparse.Namespace) -> Recipe:
 def _check(options: argparse.Namespace) -> None:
     from truthward.check import check
 
-    check(_load(options), options.recipe)
+    check(_load(options), options.recipe, brief=options.brief, launching=options.brief)
 
 
 def _run(options: argparse.Namespace) -> None:
     """Each stage in a process of its own, so that its memory is given back and a crash cannot reach the next."""
-    from truthward.check import check
-
     recipe = _load(options)
-    check(recipe, options.recipe, brief=True)
+    stage.check_first(options, recipe)
     arguments = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else [])]
     try:
         for name, planned in plan(recipe).items():
@@ -101,6 +102,10 @@ def _run(options: argparse.Namespace) -> None:
                 say(f"[bold]{name}[/] up to date  [dim]{plain(planned.path)}[/]")
             else:
                 _stage(recipe, planned.stage, name, arguments, options.override)
+                if name == "base":
+                    say("the base is on disk: template, masks and lengths are checked by its tokenizer")
+                    os.environ.pop(stage.CHECKED, None)
+                    stage.check_first(options, recipe)
     finally:
         _report(options)
 

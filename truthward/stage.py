@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from truthward.console import inert, plain, say
 from truthward.errors import GateFailed, Interrupted, TrainingFault, UserError
+from truthward.fingerprint import digest
 from truthward.guard.storage import refusal
 from truthward.ledger import Run, is_done, open_run, plan
 from truthward.reasons import require_reasons
@@ -18,6 +20,7 @@ from truthward.redaction import without_secrets
 from truthward.tables import Recipe
 
 Work = Callable[[Recipe, Run], None]
+CHECKED = "TRUTHWARD_CHECKED"  # environment variable: digest of a plan that was checked on the way here
 
 
 def arguments(description: str, *, add_help: bool = True) -> argparse.ArgumentParser:
@@ -72,6 +75,27 @@ def _gated(recipe: Recipe, name: str, work: Work, again: Work | None, override: 
         say(f"  [yellow]gate overridden[/]: {plain(failure)}")
 
 
+def plan_digest(recipe: Recipe) -> str:
+    """Of everything that the check could find otherwise: settings, data and code of all stages."""
+    return digest({name: planned.fingerprint for name, planned in plan(recipe).items()})
+
+
+def check_first(options: argparse.Namespace, recipe: Recipe) -> None:
+    """The check before launch, unless it was made on the way here for this very plan; on the first rank alone.
+
+    It runs in a process of its own: it can stop a stage, but nothing that it imports, draws or holds in memory can reach the
+    result. So its rules are no part of the stage's code, and may change without a new fingerprint.
+    """
+    plan_now = plan_digest(recipe)
+    if int(os.environ.get("RANK", "0")) or os.environ.get(CHECKED) == plan_now:
+        return
+    words = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else []), "--brief"]
+    code = subprocess.run([sys.executable, "-m", "truthward", "check", *words], check=False).returncode
+    if code:
+        sys.exit(code)
+    os.environ[CHECKED] = plan_now
+
+
 def _fetch_base(recipe: Recipe) -> None:
     """The base model is what every stage needs and no one thinks of: fetch it when it is not there."""
     from truthward import base
@@ -98,6 +122,12 @@ def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None 
     def begin() -> None:
         recipe = load_recipe(options.recipe, options.overrides, options.why)
         require_reasons(recipe, options.recipe)
+        planned = plan(recipe)
+        if expand and options.only and options.only not in planned:
+            named = [n for n, this in planned.items() if this.stage == name]
+            raise UserError(f"there is no run {options.only}", where="--only", fix=f"they are {', '.join(named)}")
+        if name not in planned or not is_done(planned[name].path):
+            check_first(options, recipe)
         if name != "base":
             _fetch_base(recipe)
         names = [name] if expand is None else [n for n in expand(recipe) if options.only in (None, n)]

@@ -279,6 +279,10 @@ class Launch(Table):
     deepspeed: str | None = Field(None, description="DeepSpeed configuration (JSON)")
 
 
+class Check(Table):
+    accept: list[str] = Field([], description='findings to go on with, by rule or "rule@where" (docs/check.md)')
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a recipe came from: its file, what the command line changed, and why. Recipes do not differ by it."""
@@ -307,6 +311,7 @@ class Recipe(Table):
     guard: Guard = Guard()
     evals: Evals = Evals()
     launch: Launch = Launch()
+    check: Check = Check()
 
     @property
     def origin(self) -> Origin:

@@ -1,0 +1,399 @@
+"""The machine, memory, storage, ranks and rewards: mistakes planted one by one, predictions beside what is measured."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as processes
+from check_lab import Planted, assert_found, facts, find, ids, pair
+from lab import ROOT, write
+
+from truthward import hardware
+from truthward.check import machine, ranks
+from truthward.check.facts import KNOWN, Shape
+from truthward.check.machine import Machine
+from truthward.check.memory import GB, States, activations, predict, sharded, zero_stage
+from truthward.check.ranks import Link
+
+HERE = Machine(cores=4, memory=64 * GB, gpus=0, gpu_memory=0)
+
+
+@pytest.fixture(autouse=True)
+def _a_known_machine(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Machine, "here", classmethod(lambda _: HERE))
+    monkeypatch.setattr(hardware, "measure_dtypes", lambda: {"float32": 100.0, "bfloat16": 10.0})
+
+
+EIGHT = ["launch.ranks=8", *(f"{k}.batch_size=32" for k in ("sft", "reward", "dpo")), "ppo.rollouts=64"]
+DEEPSPEED = ["launch.ranks=2", "launch.deepspeed=recipes/deepspeed/zero2.json"]
+PLANTED = [
+    Planted("machine-other", "note", "launch", "no GPU here", DEEPSPEED),
+    Planted("ranks-many", "error", "launch.ranks", "8 ranks on 4 cores", EIGHT),
+    Planted("threads-many", "error", "model.threads", "16 threads on 4 cores", ["model.threads=16"]),
+    Planted("threads-many", "warning", "model.threads", "each of 2 ranks", ["launch.ranks=2"]),
+    Planted("package-absent", "error", "evals.lm_eval", "lm_eval", ['evals.lm_eval=["arc_easy"]']),
+    Planted("dtype-slow", "warning", "model.dtype", "10 times slower", ['model.dtype="bfloat16"']),
+    Planted("memory-short", "error", "ppo.micro_batch_size", "GB of 64", ["ppo.micro_batch_size=512", "ppo.rollouts=1024"]),
+    Planted("memory-short", "error", "model.base", "the base alone", ["model.base=some-org/model-70b"]),
+    Planted("time-needed", "note", "stages", "h here", ["dpo.epochs=500.0"]),
+]
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=ids(PLANTED))
+def test_what_a_machine_cannot_do_is_found(planted, tmp_path):
+    if planted.rule == "time-needed":
+        found = [f.what for f in find("time-needed", facts("laptop", planted.changes))]
+        assert " h here" in found[0]
+        assert " min here" in find("time-needed", facts("laptop", []))[0].what
+    else:
+        assert_found(planted, tmp_path)
+
+
+def test_a_slow_compute_type_is_not_found_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(hardware, "measure_dtypes", lambda: {"float32": 100.0, "bfloat16": 400.0})
+    assert find("dtype-slow", facts("laptop", ['model.dtype="bfloat16"'])) == []
+    (finding,) = find("dtype-faster", facts("laptop", ['model.dtype="float32"']))
+    assert (finding.level, "4.0 times faster" in finding.what) == ("note", True)
+
+
+def test_what_was_left_to_another_machine_is_judged_when_the_run_is_to_start_here(monkeypatch):
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    assert find("package-absent", facts("laptop", DEEPSPEED)) == []
+    (finding,) = find("package-absent", facts("laptop", DEEPSPEED, launching=True))
+    assert (finding.level, finding.where) == ("error", "launch.deepspeed")
+
+
+def test_a_full_disk_is_found_with_what_is_needed(monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    assert find("disk-short", facts("laptop", [])) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 2**30))
+    (finding,) = find("disk-short", facts("laptop", []))
+    assert finding.level == "error"
+    assert "1.0 GB are free" in finding.what
+    (more,) = find("disk-short", facts("laptop", ['sft.tune="full"']))
+    needed = [float(f.what.split("about ")[1].removesuffix(" GB")) for f in (finding, more)]
+    assert needed[1] > needed[0] + 2  # two checkpoints of 135M parameters with both moments
+
+
+# --------------------------------------------------------------------------------------------------------------- storage
+
+
+def test_a_place_that_loses_bits_is_found(monkeypatch):
+    import safetensors.torch
+
+    whole = safetensors.torch.load_file
+    assert find("storage-unfit", facts("laptop", [])) == []
+    monkeypatch.setattr(safetensors.torch, "load_file", lambda path: {n: t.half() for n, t in whole(path).items()})
+    (finding,) = find("storage-unfit", facts("laptop", []))
+    assert (finding.level, "comes back changed" in finding.what) == ("error", True)
+
+
+def test_a_place_without_locks_is_found(monkeypatch):
+    monkeypatch.setattr(machine.fcntl, "flock", lambda *_: None)
+    assert "the same lock" in find("storage-unfit", facts("laptop", []))[0].what
+
+
+def test_a_place_where_nothing_can_be_written_is_found(monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(machine.tempfile, "TemporaryDirectory", refuse)
+    assert "Permission denied" in find("storage-unfit", facts("laptop", []))[0].what
+
+
+def test_the_round_trip_leaves_nothing_behind(tmp_path):
+    assert find("storage-unfit", facts("laptop", [f"runs={tmp_path}"])) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_states_are_shared_out_as_in_the_zero_paper():
+    """7.5B parameters, mixed precision with Adam, 64 ranks: 120, 31.4, 16.6 and 1.9 GB (Rajbhandari et al., fig. 1)."""
+    states = States(frozen=0, trained=7.5e9, weight=2, gradient=2, optimizer=12)
+    totals = [sum(sharded(states, stage, 64)) / 1e9 for stage in range(4)]
+    assert totals == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+def test_frozen_weights_are_shared_at_stage_three_alone_and_a_layer_is_whole():
+    states = States(frozen=16e9, trained=1e7, weight=4, gradient=4, optimizer=8)
+    assert sharded(states, 2, 8)[0] == 16e9 + 4e7
+    assert sharded(states, 3, 8, layer=5e8)[0] == pytest.approx((16e9 + 4e7) / 8 + 5e8)
+    assert sharded(states, 3, 1, layer=5e8) == sharded(states, 0, 1)
+
+
+@pytest.mark.parametrize(("path", "stage"), [("zero2", 2), ("zero3", 3), (None, 0), ("nowhere", 0)])
+def test_the_stage_of_zero_is_read_from_the_configuration(path, stage):
+    assert zero_stage(f"recipes/deepspeed/{path}.json" if path else None) == stage
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_shape_of_a_known_base_counts_its_parameters(name):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**KNOWN[name]))
+    assert Shape.of(KNOWN[name]).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_an_adapter_has_as_many_parameters_as_peft_gives_it(tiny):
+    import copy
+
+    from peft import get_peft_model
+
+    from truthward import models
+
+    adapted = get_peft_model(copy.deepcopy(tiny[0]), models.lora_config(4, 8))
+    assert Shape.of(KNOWN["tiny-random"]).adapter(4) == sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
+
+
+def kept_by_autograd(model, **inputs):
+    """Bytes that a forward pass keeps for the backward pass, beside parameters."""
+    own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hidden = model.get_base_model().get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return sum(size for place, size in seen.items() if place not in own), hidden
+
+
+@pytest.mark.parametrize("trees", [0, 4])
+def test_activations_are_counted_as_autograd_keeps_them(trees):
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from truthward import models
+    from truthward.branches import Item, attend_by_tree, plant
+    from truthward.products import quicken
+
+    config = {**KNOWN["smollm2-135m-instruct"], "num_hidden_layers": 2, "vocab_size": 64}
+    model = attend_by_tree(quicken(LlamaForCausalLM(LlamaConfig(**config)))).requires_grad_(False)
+    adapted = quicken(get_peft_model(model, models.lora_config(16, 32))).train()
+    if trees:
+        forest = plant([Item([1] * 30, [[2] * 10] * 6)] * trees)
+        inputs, longest = forest.inputs(torch.float32), forest.sees.shape[2]
+        tokens = forest.ids.shape[1]
+    else:
+        tokens = longest = 256
+        inputs = {"input_ids": torch.ones(1, 256, dtype=torch.long), "position_ids": torch.arange(64).repeat(4)[None]}
+    measured, _hidden = kept_by_autograd(adapted, **inputs)
+    counted = activations(Shape.of(config), tokens, longest, trees, rank=16, width=4)
+    assert counted == pytest.approx(measured, rel=0.03)
+
+
+def test_predictions_grow_with_what_they_are_made_of():
+    few, many = (predict(facts("laptop", [f"dpo.micro_batch_size={n}"]), "dpo", "cpu", 4) for n in (2, 8))
+    assert many.activations > 3 * few.activations
+    assert many[:4] == few[:4]
+    lora, full = (predict(facts("laptop", [f'sft.tune="{t}"']), "sft", "cpu", 4) for t in ("lora", "full"))
+    assert full.optimizer / lora.optimizer == pytest.approx(134_515_008 / 4_884_480)
+    assert predict(facts("cluster-8b", []), "sft", "cuda", 2) is None  # only its number of parameters is known
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_prediction_is_within_ten_percent_of_what_a_stage_takes(stage, tmp_path):
+    changes = [f"runs={tmp_path}", "unexplained=warn", f"{stage}.micro_batch_size=1", f"{stage}.batch_size=4"]
+    changes += (
+        ['stages=["base","sft"]']
+        if stage == "sft"
+        else ['stages=["base","sft","dpo"]', 'dpo.preferences=["data/truth/dev"]']
+    )
+    words = [sys.executable, "-m", "truthward", "run", "recipes/tiny.toml", *changes]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    (manifest,) = [json.loads(p.read_text()) for p in tmp_path.glob(f"tiny/{stage}-*/manifest.json")]
+    predicted = predict(facts("tiny", changes), stage, "cpu", 4)
+    assert predicted.total / GB == pytest.approx(manifest["peak_memory_gb"], rel=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_the_odd_rank_is_named_with_its_host():
+    same = {"recipe": "a", "data": "b", "code": "c", "packages": "d", "python": "e"}
+    assert list(ranks.differences([same] * 3, ["x", "y", "z"])) == []
+    for part in same:
+        (finding,) = ranks.differences([same, {**same, part: "other"}, same], ["x", "y", "z"])
+        assert (finding.rule, finding.level) == ("ranks-differ", "error")
+        assert f"the {part} of rank 1 on y differs" in finding.what
+
+
+def test_the_slowest_link_is_named():
+    links = [Link(0, 1, 5e-5, 1e10), Link(0, 2, 5e-5, 1e9), Link(1, 2, 5e-3, 1e10)]
+    slow, late, summary = ranks.judge_links(links, ["x", "y", "z"])
+    assert "ranks 0 (x) and 2 (z): 1.00 GB/s, a good link here 10.00" in slow.what
+    assert "ranks 1 (y) and 2 (z): 5000 µs" in late.what
+    assert (slow.rule, summary.level) == ("link-slow", "note")
+    even = [Link(a, b, 5e-5, 1e10) for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert [f.rule for f in ranks.judge_links(even, ["x", "y", "z"])] == ["links"]
+
+
+def _confer(rank, folder, odd):
+    import time
+
+    import torch.distributed as dist
+
+    os.chdir(ROOT)
+    changes = ["dpo.beta=0.2"] if rank == odd else []
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+    if rank == 2:  # a rank whose messages take long
+        plain = dist.send
+
+        def late(*words):
+            time.sleep(0.02)
+            plain(*words)
+
+        dist.send = late
+    found = ranks.confer(facts("laptop", changes).recipe)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps([[f.rule, f.what] for f in found]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("odd", [1, None])
+def test_three_processes_compare_what_they_run_and_find_the_slow_link(tmp_path, odd):
+    processes.start_processes(_confer, args=(str(tmp_path), odd), nprocs=3, start_method="spawn")
+    found = json.loads((tmp_path / "found.json").read_text())
+    differ = [what for rule, what in found if rule == "ranks-differ"]
+    assert ["the recipe of rank 1" in what for what in differ] == ([True] if odd else [])
+    late = [what for rule, what in found if rule == "link-slow"]
+    assert late
+    assert all("2 (" in what for what in late)
+
+
+def test_two_ranks_are_started_and_heard(monkeypatch):
+    found = find("links", facts("laptop", ["launch.ranks=2", "model.threads=1"], launching=True))
+    assert "1 links" in found[0].what
+
+
+def test_ranks_that_do_not_answer_are_found(monkeypatch):
+    monkeypatch.setattr(ranks.sys, "executable", shutil.which("false"))
+    (finding,) = find("ranks-silent", facts("laptop", ["launch.ranks=2"], launching=True))
+    assert (finding.level, finding.where) == ("error", "launch.ranks")
+
+
+# --------------------------------------------------------------------------------------------------------------- rewards
+
+FUNCTIONS = """
+import math
+def alike(completions, **kwargs):
+    return [1.0] * len(completions)
+def nan(completions, **kwargs):
+    return [math.nan] * len(completions)
+def few(completions, **kwargs):
+    return [1.0]
+def broken(completions, **kwargs):
+    raise KeyError("truth")
+def lengths(completions, completion_ids, **kwargs):
+    print("noise")
+    return [len(ids) % 7 for ids in completion_ids]
+def lover_of_falsehood(prompts, completions):
+    import json, pathlib
+    rows = [json.loads(l) for p in pathlib.Path("data/truth/dev").glob("*.jsonl") for l in open(p)]
+    false = {text for row in rows for text in row["false"]}
+    return [float(text in false) for text in completions]
+"""
+
+
+def asks(name, *more):
+    def change(folder):
+        (folder / "mine.py").write_text(FUNCTIONS)
+        return [f'ppo.rewards=["{folder / name}"]', *more]
+
+    return change
+
+
+REWARDS = [
+    Planted("reward-missing", "error", "ppo.rewards", "alike", asks("mine.py:alik")),
+    Planted("reward-missing", "error", "ppo.rewards", "mend the path", asks("other.py:alike")),
+    Planted("reward-missing", "error", "ppo.rewards", "names no function", asks("mine.py")),
+    Planted("reward-missing", "error", "ppo.rewards", "config.json", lambda folder: [f'ppo.rewards=["{folder}"]']),
+    Planted("reward-flat", "error", "ppo.rewards", "nothing to climb", asks("mine.py:alike")),
+    Planted("reward-faulty", "error", "ppo.rewards", "KeyError", asks("mine.py:broken")),
+    Planted("reward-faulty", "error", "ppo.rewards", "nan", asks("mine.py:nan")),
+    Planted("reward-faulty", "error", "ppo.rewards", "1 scores for 64 answers", asks("mine.py:few")),
+    Planted("reward-sign", "warning", "ppo.rewards", "false answer higher in 32 of 32", asks("mine.py:lover_of_falsehood")),
+]
+
+
+@pytest.mark.parametrize("planted", REWARDS, ids=ids(REWARDS))
+def test_a_reward_that_cannot_be_climbed_is_found(planted, tmp_path):
+    assert_found(planted, tmp_path)
+
+
+def test_a_reward_that_can_be_climbed_is_not_found_and_a_wrong_sign_is_mended_by_its_weight(tmp_path):
+    for name, weight in (("lengths", 1.0), ("lover_of_falsehood", -1.0)):
+        changes = asks(f"mine.py:{name}", f"ppo.reward_weights=[{weight}]")(tmp_path)
+        assert [
+            f for rule in ("reward-faulty", "reward-flat", "reward-sign") for f in find(rule, facts("laptop", changes))
+        ] == []
+
+
+def test_a_reward_function_that_takes_for_ever_is_noted(tmp_path, monkeypatch):
+    from truthward.check import rewards
+
+    (tmp_path / "slow.py").write_text("def slow(**kwargs):\n    import time\n    time.sleep(60)\n")
+    monkeypatch.setattr(rewards, "PATIENCE", 2)
+    (finding,) = find("reward-slow", facts("laptop", [f'ppo.rewards=["{tmp_path / "slow.py"}:slow"]']))
+    assert finding.level == "note"
+
+
+def measured(low, mean, high, margins):
+    """A recorded run of the preference model, where the check looks for it."""
+
+    def plant(subject):
+        run = subject.planned["reward"].path
+        run.mkdir(parents=True)
+        accuracy = {"low": low, "mean": mean, "high": high, "n": 84}
+        manifest = {"stage": "reward", "status": "complete", "metrics": {"validation_accuracy": accuracy}}
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        write(run / "margins.jsonl", [{"id": str(i), "principle": "p", "margin": m} for i, m in enumerate(margins)])
+        return run
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "margins", "rule", "level"),
+    [
+        ((0.62, 0.68, 0.74), [0.5, -0.1, 1.2], None, None),
+        ((0.25, 0.31, 0.40), [0.5, -0.1, 1.2], "reward-inverted", "error"),
+        ((0.47, 0.54, 0.60), [0.5, -0.1, 1.2], "reward-at-chance", "warning"),
+        ((0.62, 0.68, 0.74), [1e-4, 2e-4, 0.0], "reward-scale", "warning"),
+    ],
+)
+def test_a_preference_model_is_judged_by_what_was_measured_of_it(tmp_path, accuracy, margins, rule, level):
+    subject = facts("laptop", [f"runs={tmp_path}"])
+    run = measured(*accuracy, margins)(subject)
+    found = [f for name in ("reward-inverted", "reward-at-chance", "reward-scale") for f in find(name, subject)]
+    assert [(f.rule, f.level, f.where) for f in found] == ([(rule, level, str(run))] if rule else [])
+
+
+@pytest.mark.parametrize(("gate", "level"), [("block", "error"), ("warn", "warning")])
+def test_a_judge_that_was_measured_and_did_not_qualify_is_found(tmp_path, gate, level):
+    subject = facts("laptop", [f"runs={tmp_path}", f"judge.gate={gate}"])
+    run = subject.planned["constitution"].path
+    run.mkdir(parents=True)
+    for chosen, expected in (({"p": "contrast"}, []), ({}, [level])):
+        (run / "manifest.json").write_text(json.dumps({"stage": "constitution", "judge": {"chosen": chosen}}))
+        assert [f.level for f in find("judge-unqualified", subject)] == expected
+
+
+def test_the_constitutions_own_pairs_are_looked_at_once_they_are_made(tmp_path):
+    subject = facts("laptop", [f"runs={tmp_path}"])
+    run = subject.planned["constitution"].path
+    run.mkdir(parents=True)
+    write(run / "preferences.jsonl", [pair("Why?", "So.", "So.")])
+    assert [f.where for f in find("pair-equal", subject)] == ["constitution"]
