@@ -23,6 +23,8 @@ from truthward.check.ranks import Link
 
 HERE = Machine(cores=4, memory=64 * GB, gpus=0, gpu_memory=0)
 
+MADE = {"parents": {}, "recipe": {"name": "laptop", "stages": ["sft"], "model": {"base": "x"}}}  # what every manifest holds
+
 
 @pytest.fixture(autouse=True)
 def _a_known_machine(monkeypatch):
@@ -357,7 +359,7 @@ def measured(low, mean, high, margins):
         run = subject.planned["reward"].path
         run.mkdir(parents=True)
         accuracy = {"low": low, "mean": mean, "high": high, "n": 84}
-        manifest = {"stage": "reward", "status": "complete", "metrics": {"validation_accuracy": accuracy}}
+        manifest = {"stage": "reward", "status": "complete", **MADE, "metrics": {"validation_accuracy": accuracy}}
         (run / "manifest.json").write_text(json.dumps(manifest))
         write(run / "margins.jsonl", [{"id": str(i), "principle": "p", "margin": m} for i, m in enumerate(margins)])
         return run
@@ -387,7 +389,9 @@ def test_a_judge_that_was_measured_and_did_not_qualify_is_found(tmp_path, gate, 
     run = subject.planned["constitution"].path
     run.mkdir(parents=True)
     for chosen, expected in (({"p": "contrast"}, []), ({}, [level])):
-        (run / "manifest.json").write_text(json.dumps({"stage": "constitution", "judge": {"chosen": chosen}}))
+        judge = {"methods": {}, "principles": {}, "chosen": chosen}
+        manifest = {"stage": "constitution", "status": "running", **MADE, "judge": judge}
+        (run / "manifest.json").write_text(json.dumps(manifest))
         assert [f.level for f in find("judge-unqualified", subject)] == expected
 
 
