@@ -68,7 +68,7 @@ def test_a_nan_in_a_batch_costs_that_batch(copy, undisturbed, monkeypatch):
     row = read_metrics(run)[AT]
     assert (row["loss"], row["grad_norm"], row["skipped"]) == (None, None, 1.0)
     assert all(t.isfinite().all() for t in weights(run).values())
-    assert last_loss(run) == pytest.approx(last_loss(undisturbed), rel=0.1)
+    assert last_loss(run) < 1.06 * last_loss(undisturbed)
 
 
 def test_nothing_but_nan_goes_back_twice_and_stops(copy, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_label_flipped_shard_is_left_out(lab, tmp_path, monkeypatch):
     acts = [(step, action) for kind, step, action in found(run) if kind == "spike of loss"]
     first = shard[0] + 1
     assert acts == [(first, "noted"), (first + 2, "rolled back"), *((first + k, "skipped") for k in range(5))]
-    assert last_loss(run) == pytest.approx(last_loss(undisturbed), abs=0.05)
+    assert last_loss(run) == pytest.approx(last_loss(undisturbed), abs=0.001)
 
 
 def too_fast(trainer: LeanSftTrainer, hit: list[int]) -> None:
@@ -129,7 +129,7 @@ def test_a_rate_a_hundred_times_too_high_is_undone(copy, undisturbed, monkeypatc
     after = [row["learning_rate"] for row in read_metrics(run)][18:]
     planned = [row["learning_rate"] for row in read_metrics(undisturbed)][18:]
     assert after == pytest.approx([rate / 2 for rate in planned])
-    assert last_loss(run) == pytest.approx(last_loss(undisturbed), rel=0.25)
+    assert last_loss(run) < 1.25 * last_loss(undisturbed)  # half the rate over the second half
 
 
 def test_a_kill_after_going_back_changes_nothing(copy, lab, tmp_path, monkeypatch):

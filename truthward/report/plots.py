@@ -195,10 +195,11 @@ def _curve(axis: Axes, steps: list[float], values: list[float]) -> None:
 
 def _mark(axis: Axes, key: str, marks: Sequence[Mark]) -> None:
     labels: dict[int, list[str]] = {}
+    low, high = axis.get_ylim()
     for mark in marks:
         labels.setdefault(mark.step, []).append(mark.label)
-        if mark.metric == key and mark.value is not None:
-            axis.plot([mark.step], [mark.value], color=INK, marker="x", markersize=6, linestyle="")
+        if mark.metric == key and mark.value is not None:  # one far above the curve must not flatten it
+            axis.plot([mark.step], [min(mark.value, 2 * high - low)], color=INK, marker="x", markersize=6, linestyle="")
     for step, found in labels.items():
         axis.axvline(step, color=INK, linewidth=0.9, linestyle=DASHES[1])
         text = found[0] if len(found) == 1 else f"{found[0]}-{found[-1]}"
