@@ -202,7 +202,6 @@ def test_no_secret_gets_into_a_run_its_card_or_its_report(tmp_path, monkeypatch)
     assert not leaks(json.dumps(sft.manifest))  # nor does it stay in memory, from where wandb takes it
 
 
-@pytest.mark.slow
 def test_no_secret_gets_into_a_whole_run_its_export_or_wandbs_folder(tmp_path, monkeypatch):
     """Two stages and their evals for real, wandb offline; a key in the data, in the environment and in the working tree."""
     home = tmp_path / "home"

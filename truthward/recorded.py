@@ -74,7 +74,7 @@ class Override(Recorded):
 class Gate(Recorded):
     mode: str
     gated: list[str] = []
-    worse: dict[str, str] = {}
+    worse: dict[str, str] | list[str] = {}
     text: str = ""
     override: Override | None = None
 
