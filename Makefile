@@ -13,8 +13,9 @@ latest = $$(ls -dt $(RUNS)/$(1)-* | head -n 1)
 demo: $(READY)
 	$(BIN)/truthward run recipes/laptop.toml
 
+# two at a time: every test takes one thread; the tests of a file share what they set up
 test: $(READY)
-	WANDB_MODE=disabled $(BIN)/python -m pytest
+	WANDB_MODE=disabled $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # TruthfulQA's numbers beside those of lm-evaluation-harness, on the same file and model
 test-lm-eval: $(READY)
