@@ -1,6 +1,7 @@
 """What ``truthward check`` finds before compute is spent, and how the commands tell it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -163,13 +164,15 @@ def test_a_missing_reason_stops_the_check(tiny):
     assert "no reason is given for" in refusal(tiny("unexplained=stop"))
 
 
-def test_a_brief_check_notes_the_missing_reasons_and_no_more(tiny):
+def test_a_brief_check_counts_its_notes_and_tells_warnings(tiny):
     with console.capture() as captured:
-        check(tiny(), "my.toml", brief=True)
-    lines = captured.get().splitlines()
-    assert lines[0].startswith("note: my.toml: no reason is given for")
-    assert "ppo.iterations" in captured.get()
-    assert len(lines) < 10
+        check(tiny("sft.warmup_ratio=0.5"), "my.toml", brief=True)
+    warned, *_, counted = captured.get().splitlines()
+    assert warned.startswith("warning: sft.warmup_ratio")
+    assert re.fullmatch(r"\d+ notes?: truthward check tells them", counted)
+    with console.capture() as captured:
+        check(tiny(), "my.toml")
+    assert "no reason is given for" in captured.get()
 
 
 def test_check_prints_what_each_stage_reads_and_writes(tmp_path):

@@ -35,7 +35,7 @@ def check(recipe: Recipe, where: str, *, brief: bool = False, launching: bool = 
     """
     facts = Facts(recipe, where, launching=launching)
     findings = examine(facts)
-    tell(findings)
+    tell(findings, brief=brief)
     refuse(findings, where)
     if brief:
         return

@@ -117,10 +117,13 @@ def accept(findings: list[Finding], recipe: Recipe, known: set[str]) -> list[Fin
     return result
 
 
-def tell(findings: list[Finding]) -> None:
-    """Print warnings and notes; errors are raised by :func:`refuse`."""
-    for finding in sorted((f for f in findings if f.level != "error"), key=lambda f: f.level == "note"):
+def tell(findings: list[Finding], *, brief: bool = False) -> None:
+    """Print warnings and notes, of notes only how many if it is to be brief; errors are raised by :func:`refuse`."""
+    notes = [f for f in findings if f.level == "note"]
+    for finding in [f for f in findings if f.level == "warning"] + ([] if brief else notes):
         say(f"[{COLOURS[finding.level]}]{finding.level}[/]: {plain(finding)}")
+    if brief and notes:
+        say(f"[dim]{len(notes)} {'note' if len(notes) == 1 else 'notes'}: truthward check tells them[/]")
 
 
 def refuse(findings: list[Finding], where: str) -> None:
