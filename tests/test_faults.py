@@ -122,13 +122,20 @@ def too_fast(trainer: LeanSftTrainer, hit: list[int]) -> None:
 
 def test_a_rate_a_hundred_times_too_high_is_undone(copy, undisturbed, monkeypatch):
     seen: list[int] = []
-    disturb(monkeypatch, LeanSftTrainer, lambda self, inputs, loss: (too_fast(self, seen), loss())[1])
+    used = {}  # the rate that the optimizer steps with, the last time that a step was made
+
+    def change(self, inputs, loss):
+        used[self.state.global_step] = self.optimizer.param_groups[0]["lr"]
+        too_fast(self, seen)
+        return loss()
+
+    disturb(monkeypatch, LeanSftTrainer, change)
     run = copy.run("sft", *SFT)
     (back,) = [(step, kind) for kind, step, action in found(run) if action == "rolled back"]
     assert AT + 1 < back[0] <= AT + 4  # the first such step shows in the next loss; three in a row
     after = [row["learning_rate"] for row in read_metrics(run)][18:]
     planned = [row["learning_rate"] for row in read_metrics(undisturbed)][18:]
-    assert after == pytest.approx([rate / 2 for rate in planned])
+    assert after == pytest.approx([rate / 2 for rate in planned]) == [used[step] for step in range(18, STEPS)]
     assert last_loss(run) < 1.25 * last_loss(undisturbed)  # half the rate over the second half
 
 

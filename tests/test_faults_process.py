@@ -118,6 +118,7 @@ def test_a_hung_step_ends_the_process_and_loses_nothing(copy, undisturbed):
     run = sft_run(copy)
     assert "compute_loss" in (run.path / "stacks-rank0.txt").read_text()
     assert found(run) == [("hung", AT + 1, "stopped")]
+    assert 3 < run.manifest["incidents"][0]["seconds"] < 10
     assert same(copy.run("sft", *SFT), undisturbed)
 
 
