@@ -138,8 +138,11 @@ class ClassifierReward:
         """What the model takes of what its tokenizer makes: some need to be told which tokens are the answer's."""
         if self.tokenizer.chat_template:
             turns = [*chat.user(prompt), {"role": "assistant", "content": answer}]
-            options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
-            row = self.tokenizer.apply_chat_template(turns, **options)
+            options = {"tokenize": True, "return_dict": True}
+            try:
+                row = self.tokenizer.apply_chat_template(turns, sanitize_control_tokens=True, **options)
+            except ValueError:  # a control token of this tokenizer is what plain text gives too: nothing tells them apart
+                row = self.tokenizer.apply_chat_template(turns, **options)
         else:
             row = self.tokenizer(prompt, answer, split_special_tokens=True)
         taken = inspect.signature(self.model.forward).parameters

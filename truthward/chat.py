@@ -87,7 +87,12 @@ def _ids(tokenizer: PreTrainedTokenizerBase, messages: Any, written: list[str], 
     for text in written:
         _require_tokens(tokenizer, text)
     if any(map(_control(tokenizer).search, written)):
-        found: Any = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True, **options)
+        try:
+            found: Any = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True, **options)
+        except ValueError as error:
+            raise UserError(
+                str(error), where="model.base", fix="use a tokenizer whose control tokens no text gives"
+            ) from error
         return found["input_ids"]
     whole: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return tokenizer(whole, add_special_tokens=False)["input_ids"]
