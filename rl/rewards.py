@@ -137,7 +137,12 @@ class ClassifierReward:
     def _encode(self, prompt: str, answer: str) -> dict[str, Any]:
         """What the model takes of what its tokenizer makes: some need to be told which tokens are the answer's."""
         if self.tokenizer.chat_template:
-            row = chat.rendered(self.tokenizer, [*chat.user(prompt), {"role": "assistant", "content": answer}])
+            turns = [*chat.user(prompt), {"role": "assistant", "content": answer}]
+            options = {"tokenize": True, "return_dict": True}
+            try:
+                row = self.tokenizer.apply_chat_template(turns, sanitize_control_tokens=True, **options)
+            except ValueError:  # a control token of this tokenizer is what plain text gives too: nothing tells them apart
+                row = self.tokenizer.apply_chat_template(turns, **options)
         else:
             row = self.tokenizer(prompt, answer, split_special_tokens=True)
         taken = inspect.signature(self.model.forward).parameters

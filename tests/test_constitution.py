@@ -17,8 +17,6 @@ from truthward.ledger import Run, plan
 from truthward.records import Preference, Prompt, Revision, read_rows
 from truthward.stage import run_stage
 
-SPREAD = {"temperature": 1.0, "brier": 0.2, "ece": 0.1}  # of a judge's probabilities
-
 
 def test_principles_are_drawn_by_weight_without_repetition_and_by_seed():
     some = [principle("a"), principle("b", 2.0), principle("c", 7.0)]
@@ -147,13 +145,8 @@ def test_nothing_whole_is_nothing_done(tmp_path, text):
 
 
 def test_an_unqualified_judge_stops_the_stage_and_warn_goes_on(world, monkeypatch):
-    chance = {
-        "accuracy": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9},
-        "refused": True,
-        "temperature": 1.0,
-        "brier": 0.25,
-        "ece": 0.0,
-    }
+    fit = {"brier": 0.25, "ece": 0.1}
+    chance = {"accuracy": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}, "refused": True, "temperature": 1.0, **fit}
     record = {"methods": {"contrast": chance, "likelihood": chance}, "principles": {}, "chosen": {}}
     monkeypatch.setattr(constitution, "qualify", lambda *_: record)
     for _ in range(2):  # the record is kept, and refuses again
@@ -171,13 +164,8 @@ def test_an_unqualified_judge_stops_the_stage_and_warn_goes_on(world, monkeypatc
 
 
 def test_only_principles_that_qualified_are_drawn_and_judged_by(world, monkeypatch):
-    fine = {
-        "accuracy": {"mean": 0.9, "low": 0.8, "high": 1.0, "n": 9},
-        "refused": False,
-        "temperature": 1.0,
-        "brier": 0.1,
-        "ece": 0.0,
-    }
+    fit = {"brier": 0.1, "ece": 0.1}
+    fine = {"accuracy": {"mean": 0.9, "low": 0.8, "high": 1.0, "n": 9}, "refused": False, "temperature": 1.0, **fit}
     record = {"methods": {"contrast": fine}, "principles": {}, "chosen": {"short-and-plain": "contrast"}}
     monkeypatch.setattr(constitution, "qualify", lambda *_: record)
     made = run(world)

@@ -6,7 +6,6 @@ what training, scoring and sampling see are the same tokens. Many silent faults 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 from typing import TYPE_CHECKING, Any
@@ -83,24 +82,18 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return _ids(tokenizer, [{"role": "user", "content": text}], [text], chat_template=BARE)
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> Any:
-    """All that a tokenizer makes of messages by its template; where their text spells a control token, it stays text.
-
-    A tokenizer whose control tokens are plain words can't tell the two apart.
-    """
-    spelled = any(_control(tokenizer).search(message["content"]) for message in messages)
-    if spelled:
-        with contextlib.suppress(ValueError):
-            return tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True, **options)
-    return tokenizer.apply_chat_template(messages, return_dict=True, **options)
-
-
 def _ids(tokenizer: PreTrainedTokenizerBase, messages: Any, written: list[str], **options: Any) -> list[int]:
     """Where a text spells a control token (``<|im_end|>``), its pieces are encoded apart; any other goes through whole."""
     for text in written:
         _require_tokens(tokenizer, text)
     if any(map(_control(tokenizer).search, written)):
-        return rendered(tokenizer, messages, **options)["input_ids"]
+        try:
+            found: Any = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True, **options)
+        except ValueError as error:
+            raise UserError(
+                str(error), where="model.base", fix="use a tokenizer whose control tokens no text gives"
+            ) from error
+        return found["input_ids"]
     whole: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return tokenizer(whole, add_special_tokens=False)["input_ids"]
 
