@@ -86,6 +86,7 @@ def _wandb(recipe: Recipe, run: Run) -> Any:
     mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     if mode == "disabled":
         return None
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it would advertise itself, and trace what a judge is asked
     import wandb
 
     return wandb.init(

@@ -191,7 +191,13 @@ def _show_code(a: Run, b: Run, whole: bool) -> None:
         return
     found = code(a, b)
     say("\n[bold]code[/]" + ("" if found else ": the same"))
+    before, after = ({name for run in lineage(r) for name in kept_code(run)} for r in (a, b))
+    for letter, own in (("A", before - after), ("B", after - before)):
+        if own:
+            say(f"  in {letter} alone: {', '.join(sorted(own))}")
     for name, lines in found.items():
+        if name not in before & after:
+            continue
         counts = Counter(line[:1] for line in lines[2:])
         say(f"  {name}: {counts['+']} lines added, {counts['-']} removed")
         for line in lines if whole else []:
