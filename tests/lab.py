@@ -70,6 +70,8 @@ rollouts = 8
 micro_batch_size = 2
 max_new_tokens = 10
 learning_rate = 1e-3
+[check]
+accept = ["leak-exact", "leak-validation"]
 [evals]
 truth = "{home}/bank"
 resamples = 400

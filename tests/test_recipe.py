@@ -67,8 +67,7 @@ def test_a_missing_recipe_says_so_and_names_one_that_is_near(name):
 @pytest.mark.parametrize("content", [b"seed = ", b"seed = 1\nseed = 2", b"# \xff", b"[sft"])
 def test_what_is_not_toml_is_one_clear_error(tmp_path, content):
     (tmp_path / "bad.toml").write_bytes(content)
-    wanted = "not UTF-8 text" if b"\xff" in content else "not valid TOML"
-    assert f"bad.toml: {wanted}" in refusal(load_recipe, tmp_path / "bad.toml")
+    assert "bad.toml: not valid TOML" in refusal(load_recipe, tmp_path / "bad.toml")
 
 
 # ------------------------------------------------------------------------------------------------------ wrong content

@@ -131,7 +131,7 @@ class History:
             change = {**score, "low": 0.1, "p_corrected": 0.5, "detectable": 0.2}
             against = {"stage": "sft", "differences": dict.fromkeys(metrics, change), "flipped": []}
             value = {"model": parents["model"], "stage": name.removeprefix("evals-"), "metrics": metrics, "items": []}
-            value |= {"bank": "bank", "about": {}, "by_topic": {}}
+            value |= {"bank": "bank", "about": {}, "by_topic": {"truth": {}}}
             write_json(run.path / "evals.json", value | ({"against_parent": against} if name == "evals-dpo" else {}))
             run.record(gate={"mode": "block" if mc1 < 0.35 else "off", "text": "truth.mc1 fell"})
         run.finish(metrics={"loss": 0.5})
@@ -262,7 +262,7 @@ def test_trace_tells_all_that_a_model_came_from(made):
 
 def test_why_tells_every_value_that_was_tried_and_what_it_gave(made):
     history, first, second = made
-    found = tried(Archive(history.root / "runs"), second["dpo"], "dpo.beta")
+    found = sorted(tried(Archive(history.root / "runs"), second["dpo"], "dpo.beta"), key=lambda row: row["value"])
     assert [(r["value"], r["reason"], r["this"]) for r in found] == [
         (0.1, "the value of the paper", False),
         (0.3, "0.1 forgot its manners, see the first run", True),
@@ -318,7 +318,7 @@ def test_find_answers(made, expression, expected):
     history, first, second = made
     names = {first["dpo"].path.name: "0.31", second["dpo"].path.name: "0.45"}
     found = [names.get(run.path.name, run.path.name) for run, _ in find(Archive(history.root / "runs"), expression)]
-    assert [n for n in found if not n.startswith("evals")] == expected
+    assert sorted(n for n in found if not n.startswith("evals")) == expected
 
 
 @pytest.mark.parametrize(

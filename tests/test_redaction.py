@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lab import ROOT, furnish, write
 
-from truthward import ledger, tracking
+from truthward import provenance, tracking
 from truthward.card import model_card
 from truthward.errors import UserError
 from truthward.export import export
@@ -178,12 +178,13 @@ def test_no_secret_gets_into_a_run_its_card_or_its_report(tmp_path, monkeypatch)
     """Planted: in the diff, an incident, a gate's override, metrics, what models said, and the environment."""
     recipe = test_report.furnish(tmp_path)
     monkeypatch.setenv("SOME_SERVICE_TOKEN", "a-pass-phrase-of-words")
-    monkeypatch.setattr(ledger, "_git", lambda *words: f"{EVERY} in {Path.home()}/x" if words[0] == "diff" else "abc")
+    said = f"{EVERY} in {Path.home()}/x"
+    monkeypatch.setattr(provenance, "git", lambda *words, **where: said if words[0] == "diff" else "abc")
     monkeypatch.setattr(test_report, "ATTACK", f"{EVERY} a-pass-phrase-of-words")
     runs = {name: Run.find(planned.path) for name, planned in plan(recipe).items()}
     base, sft, evals = runs["base"], runs["sft"], runs["evals-sft"]
     for run in (base, sft, evals):
-        run.record(**ledger.provenance())
+        run.record(**provenance.surroundings())
         run.incident("server", said=f"{EVERY} a-pass-phrase-of-words", where=f"{Path.home()}/.netrc")
     evals.override(f"because {EVERY}")
     tracking.Tracker(sft, None).log(99, {"loss": 1.0, "note": EVERY, f"a {SECRETS['aws']}": 1.0})
@@ -208,7 +209,7 @@ def test_no_secret_gets_into_a_whole_run_its_export_or_wandbs_folder(tmp_path, m
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("SOME_SERVICE_TOKEN", "a-pass-phrase-of-words")
-    monkeypatch.setattr(ledger, "_git", lambda *words: EVERY if words[0] == "diff" else "abc")
+    monkeypatch.setattr(provenance, "git", lambda *words, **where: EVERY if words[0] == "diff" else "abc")
     lab = furnish(home)
     said = f"{SECRETS['openai']} a-pass-phrase-of-words"
     write(home / "prompts.jsonl", [{"id": f"p{i}", "prompt": f"Say {said}"} for i in range(2)])
@@ -244,5 +245,5 @@ def test_the_manifest_says_where_it_is_within_the_runs_folder_alone(tmp_path, mo
     wandb = pytest.importorskip("wandb")
     monkeypatch.setattr(wandb, "init", lambda **options: given.update(options))
     tracking._wandb(recipe, run)
-    assert given["config"]["manifest"] == f"small/{run.path.name}/manifest.json"
-    assert str(tmp_path) not in given["config"]["manifest"]
+    assert given["config"]["run"] == f"small/{run.path.name}"
+    assert str(tmp_path) not in given["config"]["run"]

@@ -26,7 +26,7 @@ from truthward.fingerprint import by_content, code_of, digest, hash_code, hash_p
 from truthward.reading import parse_json, read_text
 from truthward.recipe import DATA_KEYS, eval_paths, guard_settings, judge_settings, ppo_base, ppo_paths, settings
 from truthward.recorded import require_manifest
-from truthward.redaction import clean
+from truthward.redaction import clean, without_secrets
 from truthward.tables import MODEL_STAGES, Recipe
 
 CODE = {  # stage -> module; the others are their own name
@@ -286,7 +286,11 @@ def _start(recipe: Recipe, this: Planned) -> Run:
 
 
 def _keep(this: Planned, folder: Path) -> str:
-    """Copy what the run reads and the code it runs into the record, each content once; returns the hash of the code."""
+    """Copy what the run reads and the code it runs into the record, each content once and without secrets.
+
+    Returns:
+        the hash of the code.
+    """
     for path, value in this.data.items():
         target, files = folder / "data" / value[:16], provenance.keepable(Path(path))
         if files and not target.exists():
@@ -294,7 +298,7 @@ def _keep(this: Planned, folder: Path) -> str:
                 for file in files:
                     to = copy / (file.relative_to(path) if file != Path(path) else file.name)
                     to.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, to)
+                    to.write_text(without_secrets(file.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
     module = CODE.get(this.stage, this.stage)
     code = hash_code(module)
     if not (folder / "code" / f"{code[:16]}.json").exists():

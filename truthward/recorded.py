@@ -144,7 +144,7 @@ class Manifest(Recorded):
     status: str
     parents: dict[Word, Name]
     recipe: Written
-    data: dict[str, Hash] = {}
+    data: dict[str, str] = {}
     sources: dict[str, Source] = {}
     code: Hash = ""
     launched: Launched = Launched()

@@ -250,7 +250,7 @@ class Facts:
         from transformers import AutoTokenizer
 
         try:
-            return chat.prepare_tokenizer(AutoTokenizer.from_pretrained(self.folder))
+            return chat.prepare_tokenizer(AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False))
         except UserError as fault:
             self.unfit = fault
         except (OSError, ValueError) as fault:

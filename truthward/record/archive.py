@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def kept_data(run: Run, path: str) -> Path | None:
     """The copy of a source of data as this run read it, if one was kept."""
     value = run.manifest.get("data", {}).get(path, "")
     copy = run.path.parent / KEPT / "data" / value[:16]
-    return copy if value and copy.is_dir() else None
+    return copy if re.fullmatch("[0-9a-f]+", value) and copy.is_dir() else None
 
 
 def kept_code(run: Run) -> dict[str, str]:

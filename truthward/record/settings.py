@@ -33,7 +33,7 @@ def recipe_settings(values: dict[str, Any]) -> list[Setting]:
     """Every value of a dumped recipe in its order."""
     rows = _settings("", values, Recipe.model_fields)
     for name, field in Recipe.model_fields.items():
-        if name != "why" and isinstance(values.get(name), dict):
+        if isinstance(field.default, Table) and isinstance(values.get(name), dict):
             rows += _settings(name, values[name], type(field.default).model_fields)
     return rows
 
