@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -22,6 +23,21 @@ NAMES = ("name", "runs")  # where a run is kept, which nothing depends on
 SHORTEST = 3  # letters of a name that may stand for the whole
 
 
+@functools.lru_cache(maxsize=4096)
+def _read(path: Path, written: int) -> Run:
+    return Run.load(path)
+
+
+def load(path: Path) -> Run:
+    """A run as :meth:`Run.load` reads it, read once for as long as its manifest stays as it is.
+
+    Raises:
+        UserError: it has no manifest, or one that our commands can't go by.
+    """
+    manifest = path / "manifest.json"
+    return _read(path, manifest.stat().st_mtime_ns) if manifest.is_file() else Run.load(path)
+
+
 def lineage(run: Run) -> list[Run]:
     """A run and every run that it came from in any role, each after its parents; lost directories are left out."""
     found: dict[str, Run] = {}
@@ -31,7 +47,7 @@ def lineage(run: Run) -> list[Run]:
         for name in this.manifest.get("parents", {}).values():
             if name not in found:
                 with contextlib.suppress(UserError):
-                    visit(Run.load(this.path.parent / name))
+                    visit(load(this.path.parent / name))
         found[this.path.name] = found.pop(this.path.name)
 
     visit(run)
@@ -51,7 +67,7 @@ def evals_runs(run: Run) -> list[Run]:
     found = []
     for path in run.path.parent.glob("evals-*/manifest.json"):
         with contextlib.suppress(UserError):
-            other = Run.load(path.parent)
+            other = load(path.parent)
             if (
                 other.done
                 and other.manifest["parents"].get("model") == run.path.name
@@ -90,7 +106,7 @@ class Archive:
     def __post_init__(self) -> None:
         for path in sorted(self.root.glob("*/*/manifest.json")):
             try:
-                self.runs.append(Run.load(path.parent))
+                self.runs.append(load(path.parent))
             except UserError as error:
                 self.unreadable.append(f"{path}: {error.what}")
         self.runs.sort(key=lambda r: str(r.manifest.get("started", "")))
@@ -146,20 +162,13 @@ def _exported(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------- values that a run has
 
 
-def owner(run: Run, table: str) -> Run | None:
-    """The run whose manifest decides a table's values: this run, or the nearest of the table's stage that it came from."""
-    if table in COMMON:
-        return run
-    stage = STAGE_OF.get(table, table)
-    return next((r for r in reversed(lineage(run)) if r.stage == stage), None)
-
-
 def settings_of(run: Run) -> dict[str, tuple[Setting, Run]]:
-    """Every value that this run depends on, by dotted key, with the run that it was set for."""
+    """Every value that this run depends on, by dotted key, with the run that it was set for: itself, or the nearest of the
+    table's stage that it came from."""
+    nearest = {each.stage: each for each in lineage(run)} | dict.fromkeys(COMMON, run)
     found: dict[str, tuple[Setting, Run]] = {}
     for table in ("", *(name for name in Recipe.model_fields if name != "why")):
-        decided = owner(run, table)
-        if decided:
+        if decided := nearest.get(STAGE_OF.get(table, table)):
             own = [s for s in recipe_settings(decided.manifest["recipe"]) if s.table == table and s.name not in NAMES]
             found |= {s.name: (s, decided) for s in own}
     return found

@@ -59,7 +59,8 @@ def find(archive: Archive, expression: str) -> list[tuple[Run, dict[str, Any]]]:
         _require_known(name)
     found = []
     for run in archive.runs:
-        values = {name: _value(run, name) for name in names}
+        settings = settings_of(run)
+        values = {name: settings[name][0].value if name in settings else _value(run, name) for name in names}
         if _holds(tree, values):
             found.append((run, {k: v for k, v in values.items() if v is not MISSING}))
     return found
@@ -174,9 +175,6 @@ def _value(run: Run, name: str) -> Any:
         return len(manifest.get("incidents", []))
     if name in MANIFEST:
         return manifest.get(name, MISSING)
-    settings = settings_of(run)
-    if name in settings:
-        return settings[name][0].value
     head, _, key = name.partition(".")
     if head == "evals":
         return _score(run, key)

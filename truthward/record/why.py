@@ -115,7 +115,7 @@ def tried(archive: Archive, decided: Run, key: str) -> list[dict[str, Any]]:
     for run in archive.runs:
         if run.stage != decided.stage:
             continue
-        setting = settings_of(run)[key][0] if key in settings_of(run) else None
+        setting, _ = settings_of(run).get(key, (None, run))
         if setting:
             compared = (newest_evals(run) or {}).get("against_parent") or {}
             rows.append(
