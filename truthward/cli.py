@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace) -> None:
     """Each stage in a process of its own, so that its memory is given back and a crash cannot reach the next."""
     recipe = _load(options)
     stage.check_first(options, recipe)
-    arguments = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else [])]
+    arguments = stage.given(options)
     try:
         for name, planned in plan(recipe).items():
             if is_done(planned.path) and not _blocked(planned.path):

@@ -27,6 +27,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def files_of(path: Path) -> list[Path]:
+    """A file by itself, or every file of a folder, in the order of their names."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
 @functools.cache
 def hash_path(path: str) -> str:
     """SHA-256 of a file, or of a directory's file names and contents.
@@ -37,9 +42,8 @@ def hash_path(path: str) -> str:
     root = Path(path)
     if not (os.path.isfile(path) or os.path.isdir(path)):
         raise UserError("there is no such file or directory", where=path, fix="mend the path in the recipe")
-    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
     hasher = hashlib.sha256()
-    for file in files:
+    for file in files_of(root):
         hasher.update(str(file.relative_to(root)).encode() + b"\0")
         hasher.update(hashlib.sha256(file.read_bytes()).digest())
     return hasher.hexdigest()

@@ -292,8 +292,8 @@ def _keep(this: Planned, folder: Path) -> str:
         the hash of the code.
     """
     for path, value in this.data.items():
-        target, files = folder / "data" / value[:16], provenance.keepable(Path(path))
-        if files and not target.exists():
+        target = folder / "data" / value[:16]
+        if not target.exists() and (files := provenance.keepable(Path(path))):
             with whole_directory(target) as copy:
                 for file in files:
                     to = copy / (file.relative_to(path) if file != Path(path) else file.name)

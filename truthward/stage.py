@@ -32,6 +32,11 @@ def arguments(description: str, *, add_help: bool = True) -> argparse.ArgumentPa
     return parser
 
 
+def given(options: argparse.Namespace) -> list[str]:
+    """The words of the shared command line again, for a process that is to read the same recipe."""
+    return [options.recipe, *options.overrides, *(["--why", options.why] if options.why else [])]
+
+
 def guarded(work: Callable[[], None]) -> int:
     """Run and turn the errors that a user can meet into one clear message and an exit code."""
     try:
@@ -89,8 +94,8 @@ def check_first(options: argparse.Namespace, recipe: Recipe) -> None:
     plan_now = plan_digest(recipe)
     if int(os.environ.get("RANK", "0")) or os.environ.get(CHECKED) == plan_now:
         return
-    words = [options.recipe, *options.overrides, *(["--why", options.why] if options.why else []), "--brief"]
-    code = subprocess.run([sys.executable, "-m", "truthward", "check", *words], check=False).returncode
+    words = [sys.executable, "-m", "truthward", "check", *given(options), "--brief"]
+    code = subprocess.run(words, check=False).returncode
     if code:
         sys.exit(code)
     os.environ[CHECKED] = plan_now

@@ -10,12 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.markup import escape
 from rich.table import Table
 
 from truthward.amendments import compare as compare_constitutions
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.errors import UserError
+from truthward.fingerprint import files_of
 from truthward.ledger import Run
 from truthward.principles import COPIES, read_constitution
 from truthward.record.archive import kept_code, kept_data, lineage, newest_evals, settings_of
@@ -91,8 +91,9 @@ def _lines(path: Path | None) -> list[str]:
     """Rows as text; of generated ones, without what differs between any two runs."""
     if path is None:
         return []
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    whole = [line for f in files for line in f.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    whole = [
+        line for f in files_of(path) for line in f.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()
+    ]
     return [_plain(line) for line in whole] if path.name in GENERATED else whole
 
 
@@ -126,7 +127,7 @@ def surroundings(a: Run, b: Run) -> list[Changed]:
 
 def show_diff(a: Run, b: Run, *, whole: bool = False) -> None:
     """Print it; with ``whole``, every line of code and every row."""
-    say(f"A is {escape(place(a.path))}, B is {escape(place(b.path))}")
+    say(f"A is {plain(place(a.path))}, B is {plain(place(b.path))}")
     _show_values(a, b)
     _show_principles(a, b)
     _show_rows(rows(a, b), whole)
@@ -137,7 +138,7 @@ def show_diff(a: Run, b: Run, *, whole: bool = False) -> None:
         sys.stdout.flush()
         subprocess.run([sys.executable, "-m", "evals.compare", str(a.path), str(b.path)], check=False)
     else:
-        lacking = " and ".join(escape(place(r.path)) for r in (a, b) if not newest_evals(r))
+        lacking = " and ".join(plain(place(r.path)) for r in (a, b) if not newest_evals(r))
         say(f"  nothing can be said: {lacking} {'was' if newest_evals(a) or newest_evals(b) else 'were'} not scored")
 
 
@@ -155,7 +156,7 @@ def _show_table(title: str, changed: list[Changed]) -> None:
     table = Table("key", "A", "B", "why in A", "why in B", title=f"\n{title}", title_justify="left")
     for c in changed:
         cells = [c.key, *(("-" if v is None else str(v)) for v in c.values), *(tidy(r) or "-" for r in c.reasons)]
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(plain, cells))
     console.print(table)
 
 
@@ -167,21 +168,21 @@ def _show_principles(a: Run, b: Run) -> None:
     try:
         found = compare_constitutions(*(read_constitution(*sorted(f.glob("*.toml"))) for f in folders))
     except UserError as error:
-        say(f"\n[bold]principles[/]: {escape(str(error))}")
+        say(f"\n[bold]principles[/]: {plain(str(error))}")
         return
     parts = [f"added {p.id}" for p in found.added] + [f"removed {p.id}" for p in found.removed]
     parts += [f"{i}: {', '.join(c.key for c in changes)}" for i, changes in found.changed.items()]
     parts += ["persona"] if found.persona else []
-    say("\n[bold]principles[/]: " + (escape("; ".join(parts)) or "the same"))
+    say("\n[bold]principles[/]: " + (plain("; ".join(parts)) or "the same"))
 
 
 def _show_rows(found: list[Rows], whole: bool) -> None:
     say("\n[bold]rows of data[/]" + ("" if found else ": the same"))
     for source, removed, added, note in found:
-        say(f"  {escape(tidy(source))}: {note or f'{len(removed)} removed, {len(added)} added'}")
+        say(f"  {plain(tidy(source))}: {note or f'{len(removed)} removed, {len(added)} added'}")
         for sign, lines in (("-", removed), ("+", added)):
             for line in lines if whole else lines[:SHOWN]:
-                say(f"    {sign} {escape(line if whole else line[:160])}")
+                say(f"    {sign} {plain(line if whole else line[:160])}")
 
 
 def _show_code(a: Run, b: Run, whole: bool) -> None:
@@ -201,4 +202,4 @@ def _show_code(a: Run, b: Run, whole: bool) -> None:
         counts = Counter(line[:1] for line in lines[2:])
         say(f"  {name}: {counts['+']} lines added, {counts['-']} removed")
         for line in lines if whole else []:
-            say(f"    {escape(line)}")
+            say(f"    {plain(line)}")

@@ -7,12 +7,12 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.errors import UserError
 from truthward.ledger import Run
+from truthward.recipe import table_names
 from truthward.record.archive import Archive, newest_evals, settings_of
 from truthward.record.why import outcome
 from truthward.record.words import place
@@ -70,7 +70,7 @@ def show_found(archive: Archive, expression: str, *, paths: bool = False) -> Non
     """Print the runs that are found, or their paths alone."""
     found = find(archive, expression)
     for sentence in archive.unreadable:
-        say(f"[yellow]note[/]: passed over {escape(sentence)}")
+        say(f"[yellow]note[/]: passed over {plain(sentence)}")
     if paths:
         for run, _ in found:
             print(run.path)
@@ -80,7 +80,7 @@ def show_found(archive: Archive, expression: str, *, paths: bool = False) -> Non
     table.title_justify = "left"
     for run, values in found:
         cells = [_shown(values.get(n, "-")) for n in names]
-        table.add_row(*map(escape, [place(run.path), run.manifest.get("status", "-"), *cells, outcome(run)]))
+        table.add_row(*map(plain, [place(run.path), run.manifest.get("status", "-"), *cells, outcome(run)]))
     console.print(table)
 
 
@@ -153,7 +153,7 @@ def _require_known(name: str) -> None:
     """Refuse what no run could have; scores and metrics are known only to the runs."""
     head, dot, key = name.partition(".")
     fields = Recipe.model_fields
-    tables = [n for n in fields if hasattr(fields[n].default, "model_fields_set")]
+    tables = table_names()
     if not dot and (head in MANIFEST or head in ("name", "by", "incidents") or (head in fields and head not in tables)):
         return
     if dot and (

@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.errors import UserError
 from truthward.ledger import Run
 from truthward.record.archive import kept_data, lineage
@@ -72,9 +71,9 @@ def show_rows(run: Run, *, principle: str = "", source: str = "", as_json: bool 
         _show_counts(chosen)
         return
     for r in chosen:
-        say(f"\n[bold]{r['kind']}[/] from {escape(tidy(r['source']))}, learned by {escape(r['stage'])}")
+        say(f"\n[bold]{r['kind']}[/] from {plain(tidy(r['source']))}, learned by {plain(r['stage'])}")
         for key, value in r["row"].items():
-            say(f"  {key:12} {escape(tidy(str(value)))}")
+            say(f"  {key:12} {plain(tidy(str(value)))}")
     say(f"\n{len(chosen)} rows")
 
 
@@ -82,7 +81,7 @@ def _show_counts(found: list[dict[str, Any]]) -> None:
     table = Table("source", "kind", "principle", "learned by", "rows", title="rows by source", title_justify="left")
     counts = Counter((tidy(r["source"]), r["kind"], p, r["stage"]) for r in found for p in r["principle"] or ["-"])
     for (source, kind, principle, stage), count in sorted(counts.items()):
-        table.add_row(*map(escape, [source, kind, principle, stage, str(count)]))
+        table.add_row(*map(plain, [source, kind, principle, stage, str(count)]))
     console.print(table)
     say("read them: --principle ID, --source TEXT, --json")
 

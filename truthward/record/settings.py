@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from truthward.tables import Recipe, Table
+from truthward.recipe import table_names
+from truthward.tables import Recipe
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class Setting:
 def recipe_settings(values: dict[str, Any]) -> list[Setting]:
     """Every value of a dumped recipe in its order."""
     rows = _settings("", values, Recipe.model_fields)
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.default, Table) and isinstance(values.get(name), dict):
-            rows += _settings(name, values[name], type(field.default).model_fields)
+    for name in table_names():
+        if isinstance(values.get(name), dict):
+            rows += _settings(name, values[name], type(Recipe.model_fields[name].default).model_fields)
     return rows
 
 
 def _settings(table: str, values: dict[str, Any], fields: Any) -> list[Setting]:
     reasons = values.get("why", {})
-    tables = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, Table)]
+    tables = table_names()
     return [
         Setting(
             table,

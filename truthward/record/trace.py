@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.ledger import Run
 from truthward.record.archive import author, evals_runs, lineage, newest_evals, settings_of
 from truthward.record.decisions import decisions_on
@@ -21,7 +20,7 @@ from truthward.redaction import tidy
 def trace(run: Run, decisions: Path) -> dict[str, Any]:
     """The answer as plain values: ``runs`` (parents first), ``data``, ``principles``, ``values``, ``evals``, ``incidents``,
     ``overrides`` and ``decisions``."""
-    runs = lineage(run)
+    runs, evals = lineage(run), newest_evals(run)
     scored = [e for r in runs for e in evals_runs(r)]
     return {
         "model": place(run.path),
@@ -33,7 +32,7 @@ def trace(run: Run, decisions: Path) -> dict[str, Any]:
             for s, decided in settings_of(run).values()
             if s.changed or s.reason
         ],
-        "evals": newest_evals(run) and _scores(newest_evals(run) or {}),
+        "evals": _scores(evals) if evals else None,
         "incidents": [{"run": place(r.path), **i} for r in [*runs, *scored] for i in r.manifest.get("incidents", [])],
         "overrides": [
             {"run": place(e.path), "gate": e.manifest["gate"].get("text", ""), **e.manifest["gate"]["override"]}
@@ -64,12 +63,10 @@ def _run(run: Run) -> dict[str, Any]:
 
 def _data(run: Run) -> list[dict[str, Any]]:
     """Each source of data that a run read. A reason is the one that was given for the key that names it."""
-    rows = []
+    rows, settings = [], [s for s, _ in settings_of(run).values()]
     for path, value in run.manifest.get("data", {}).items():
         about = run.manifest.get("sources", {}).get(path, {})
-        naming = [
-            s for s, _ in settings_of(run).values() if s.value == path or (isinstance(s.value, list) and path in s.value)
-        ]
+        naming = [s for s in settings if s.value == path or (isinstance(s.value, list) and path in s.value)]
         reason = next((s.reason for s in naming if s.reason), "")
         rows.append({"path": path, "sha256": value, "stage": run.stage, **about, "reason": reason})
     return rows
@@ -107,12 +104,12 @@ def show_trace(run: Run, decisions: Path, *, as_json: bool = False) -> None:
     _show_data(found["data"])
     for made in found["principles"]:
         files = ", ".join(f"{f} ({value})" for f, value in made["files"].items())
-        say(f"\n[bold]constitution[/] {escape(tidy(files))}; judged by {escape(', '.join(made['judged'])) or 'nobody'}")
+        say(f"\n[bold]constitution[/] {plain(tidy(files))}; judged by {plain(', '.join(made['judged'])) or 'nobody'}")
     _show_scores(found["evals"])
     for word in ("overrides", "incidents", "decisions"):
         _show_list(word, found[word])
     off = sum(bool(v["reason"]) for v in found["values"])
-    say(f"\n{off} values with their reasons: truthward why {escape(found['model'])}")
+    say(f"\n{off} values with their reasons: truthward why {plain(found['model'])}")
 
 
 def _tree(found: dict[str, Any]) -> Tree:
@@ -136,12 +133,12 @@ def _tree(found: dict[str, Any]) -> Tree:
 def _line(run: dict[str, Any]) -> str:
     machine, seconds = run["machine"].get("cpu", ""), run["seconds"]
     parts = [
-        f"[bold]{escape(run['run'])}[/]" + ("" if run["status"] == "complete" else f" [yellow]{run['status']}[/]"),
-        f"{(run['started'] or '')[:10]} by {escape(run['by'])}",
+        f"[bold]{plain(run['run'])}[/]" + ("" if run["status"] == "complete" else f" [yellow]{run['status']}[/]"),
+        f"{(run['started'] or '')[:10]} by {plain(run['by'])}",
         f"commit {run['commit']}" if run["commit"] != "no commit" else f"code {run['code']}",
         str(run["dtype"] or "").removeprefix("torch."),
-        f"{seconds:.0f} s, {run['peak_memory_gb']} GB on {escape(machine)}" if seconds is not None else "",
-        escape(" ".join(run["overrides"])),
+        f"{seconds:.0f} s, {run['peak_memory_gb']} GB on {plain(machine)}" if seconds is not None else "",
+        plain(" ".join(run["overrides"])),
     ]
     return " · ".join(p for p in parts if p)
 
@@ -156,7 +153,7 @@ def _show_data(rows: list[dict[str, Any]]) -> None:
         reason = next((r["reason"] for r in same if r["reason"]), first.get("origin", ""))
         stages = ", ".join(dict.fromkeys(r["stage"] for r in same))
         cells = [tidy(path), str(first.get("rows") or "-"), first.get("licence") or "unknown", value[:12], stages, reason]
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(plain, cells))
     console.print(table)
 
 
@@ -176,4 +173,4 @@ def _show_scores(scores: dict[str, Any] | None) -> None:
 def _show_list(word: str, rows: list[dict[str, Any]]) -> None:
     say(f"\n[bold]{word}[/]" + ("" if rows else ": none"))
     for row in rows:
-        say("  " + escape(tidy(" · ".join(f"{k} {v}" for k, v in row.items() if v not in ("", None)))))
+        say("  " + plain(tidy(" · ".join(f"{k} {v}" for k, v in row.items() if v not in ("", None)))))

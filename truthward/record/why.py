@@ -6,10 +6,9 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from truthward.console import console, say
+from truthward.console import console, plain, say
 from truthward.errors import UserError
 from truthward.ledger import Run
 from truthward.reasons import links
@@ -40,12 +39,12 @@ def show_why(run: Run, archive: Archive, key: str, decisions: Path) -> None:
     key = named[0]
     setting, decided = settings[key]
     by = author(setting, decided)
-    say(f"[bold]{key}[/] = {escape(_value(setting.value))}   default {escape(_value(setting.default))}")
-    say(f"  what it is  {escape(setting.about) or '-'}")
-    say(f"  reason      {escape(tidy(setting.reason)) or _without(setting)}")
+    say(f"[bold]{key}[/] = {plain(_value(setting.value))}   default {plain(_value(setting.default))}")
+    say(f"  what it is  {plain(setting.about) or '-'}")
+    say(f"  reason      {plain(tidy(setting.reason)) or _without(setting)}")
     if setting.reason:
-        say(f"  given by    {escape(by['by'])}, {by['at']}{', commit ' + by['commit'] if by['commit'] else ''}")
-    say(f"  set for     {escape(place(decided.path))}, started {decided.manifest.get('started', '-')}")
+        say(f"  given by    {plain(by['by'])}, {by['at']}{', commit ' + by['commit'] if by['commit'] else ''}")
+    say(f"  set for     {plain(place(decided.path))}, started {decided.manifest.get('started', '-')}")
     _show_evidence(setting, decided, archive, decisions)
     _show_tried(tried(archive, decided, key))
 
@@ -61,9 +60,9 @@ def _show_all(run: Run, settings: dict[str, tuple[Setting, Run]]) -> None:
         if s.changed or s.reason:
             by = author(s, decided)
             cells = [name, _value(s.value), _value(s.default), tidy(s.reason) or _without(s), by["by"], by["at"]]
-            table.add_row(*map(escape, cells))
+            table.add_row(*map(plain, cells))
     console.print(table)
-    say(f"one of them at length: truthward why {escape(place(run.path))} KEY")
+    say(f"one of them at length: truthward why {plain(place(run.path))} KEY")
 
 
 # ------------------------------------------------------------------------------------------------------------ evidence
@@ -73,9 +72,9 @@ def _show_evidence(setting: Setting, decided: Run, archive: Archive, decisions: 
     rows = [_followed(link, archive) for link in links(setting.reason)]
     rows += [f"{d['page']}: {d['title']}" for d in decisions_on(decided, decisions)]
     rows += [f"incident {i['kind']} at {i.get('time', '-')}" for i in decided.manifest.get("incidents", [])]
-    say("  evidence    " + (escape(tidy(rows[0])) if rows else "none is linked"))
+    say("  evidence    " + (plain(tidy(rows[0])) if rows else "none is linked"))
     for row in rows[1:]:
-        say(f"              {escape(tidy(row))}")
+        say(f"              {plain(tidy(row))}")
 
 
 def _followed(link: str, archive: Archive) -> str:
@@ -143,7 +142,7 @@ def _show_tried(rows: list[dict[str, Any]]) -> None:
             str(run.manifest.get("started", "-"))[:10],
             tidy(row["reason"]) or "-",
         ]
-        table.add_row(*map(escape, cells), escape(row["outcome"]), change, style="bold" if row["this"] else "")
+        table.add_row(*map(plain, cells), plain(row["outcome"]), change, style="bold" if row["this"] else "")
     console.print(table)
 
 
