@@ -192,7 +192,7 @@ def test_a_real_run_keeps_its_constitution(lab):
     assert copy.read_bytes() == SHIPPED.read_bytes()
     assert hash_path(str(copy)) in made.manifest["data"].values()
     assert {used for _, uses in users(lab.runs) for used in uses} == {hash_path(str(SHIPPED))}
-    assert {made.stage for made, _ in users(lab.runs)} == {"constitution", "reward", "dpo"}
+    assert {made.stage for made, _ in users(lab.runs)} >= {"constitution", "reward", "dpo"}  # and what other tests began
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

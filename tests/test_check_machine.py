@@ -18,7 +18,7 @@ from truthward import hardware
 from truthward.check import machine, ranks
 from truthward.check.facts import KNOWN, Shape
 from truthward.check.machine import Machine
-from truthward.check.memory import GB, States, activations, predict, sharded, zero_stage
+from truthward.check.memory import GB, States, activations, predict, sharded
 from truthward.check.ranks import Link
 
 HERE = Machine(cores=4, memory=64 * GB, gpus=0, gpu_memory=0)
@@ -34,7 +34,7 @@ def _a_known_machine(monkeypatch):
 
 
 EIGHT = ["launch.ranks=8", *(f"{k}.batch_size=32" for k in ("sft", "reward", "dpo")), "ppo.rollouts=64"]
-DEEPSPEED = ["launch.ranks=2", "launch.deepspeed=recipes/deepspeed/zero2.json"]
+DEEPSPEED = ["launch.ranks=2", "launch.zero=2"]
 PLANTED = [
     Planted("machine-other", "note", "launch", "no GPU here", DEEPSPEED),
     Planted("ranks-many", "error", "launch.ranks", "8 ranks on 4 cores", EIGHT),
@@ -69,7 +69,7 @@ def test_what_was_left_to_another_machine_is_judged_when_the_run_is_to_start_her
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     assert find("package-absent", facts("laptop", DEEPSPEED)) == []
     (finding,) = find("package-absent", facts("laptop", DEEPSPEED, launching=True))
-    assert (finding.level, finding.where) == ("error", "launch.deepspeed")
+    assert (finding.level, finding.where) == ("error", "launch.zero")
 
 
 def test_a_full_disk_is_found_with_what_is_needed(monkeypatch):
@@ -130,11 +130,6 @@ def test_frozen_weights_are_shared_at_stage_three_alone_and_a_layer_is_whole():
     assert sharded(states, 2, 8)[0] == 16e9 + 4e7
     assert sharded(states, 3, 8, layer=5e8)[0] == pytest.approx((16e9 + 4e7) / 8 + 5e8)
     assert sharded(states, 3, 1, layer=5e8) == sharded(states, 0, 1)
-
-
-@pytest.mark.parametrize(("path", "stage"), [("zero2", 2), ("zero3", 3), (None, 0), ("nowhere", 0)])
-def test_the_stage_of_zero_is_read_from_the_configuration(path, stage):
-    assert zero_stage(f"recipes/deepspeed/{path}.json" if path else None) == stage
 
 
 @pytest.mark.parametrize("name", KNOWN)

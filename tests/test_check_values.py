@@ -210,6 +210,7 @@ PIPELINE = [
         deepspeed(gradient_accumulation_steps=4),
     ),
     Planted("deepspeed-differs", "error", "TMP/zero.json", "optimizer", deepspeed(optimizer={"type": "AdamW"})),
+    Planted("deepspeed-differs", "error", "TMP/zero.json", "stage 3", deepspeed(zero_optimization={"stage": 3})),
     Planted("deepspeed-differs", "error", "TMP/zero.json", "fp16", deepspeed(fp16={"enabled": True})),
 ]
 PLANTED = [*TRAINING, *OUT_OF_RANGE, *POLICY, *PIPELINE]

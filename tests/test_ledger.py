@@ -76,7 +76,7 @@ ALL = {"base", "evals-base", "sft", "evals-sft", "dpo", "evals-dpo"}
         ("evals.resamples=100", {"evals-base", "evals-sft", "evals-dpo"}),
         ("ppo.kl_coef=0.3", set()),
         ("launch.ranks=2", set()),
-        ("launch.deepspeed=recipes/deepspeed/zero2.json", set()),
+        ("launch.zero=2", set()),
         ("unexplained=stop", set()),
     ],
 )

@@ -152,6 +152,25 @@ def test_sizes_that_do_not_divide_are_refused_by_their_keys(load, text, keys):
     assert "is not a multiple of" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("offload = 'optimizer'", "launch.offload: only ZeRO keeps something in the host's memory"),
+        ("zero = 2\noffload = 'all'", "launch.offload: weights stay where they are below stage 3"),
+        ("hosts = 2", "launch.rendezvous: where do the hosts meet?"),
+        ("zero = 4", "launch.zero"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused(load, text, message):
+    assert message in refusal(load, f"[launch]\n{text}")
+
+
+def test_ranks_of_all_hosts_share_a_batch(load):
+    assert (
+        load("[launch]\nhosts = 2\nrendezvous = 'a:29500'\n[dpo]\nbatch_size = 16\nmicro_batch_size = 8").launch.world == 2
+    )
+
+
 def test_a_micro_batch_over_the_batch_is_the_batch(load):
     assert load("[sft]\nbatch_size = 2\nmicro_batch_size = 64").sft.batch_size == 2
 

@@ -219,7 +219,7 @@ def _check_reasons(recipe: Recipe, where: str) -> None:
 
 
 def _check_values(recipe: Recipe, where: str) -> None:
-    ranks = recipe.launch.ranks
+    world = recipe.launch.world
     _check_reasons(recipe, where)
     if recipe.judge.base_url and "choice" not in recipe.judge.methods:
         fix = 'add "choice" to judge.methods'
@@ -229,8 +229,11 @@ def _check_values(recipe: Recipe, where: str) -> None:
     for name in (n for n in ("sft", "distill", "reward", "dpo") if n in recipe.stages):
         table = getattr(recipe, name)
         packed = name == "sft" and table.packing  # a packed sequence is a micro-batch of its own
-        micro = (1 if packed else min(table.micro_batch_size, table.batch_size)) * ranks
-        exact_div(table.batch_size, micro, f"{where}: {name}.batch_size, {name}.micro_batch_size * launch.ranks")
+        micro = (1 if packed else min(table.micro_batch_size, table.batch_size)) * world
+        exact_div(
+            table.batch_size, micro, f"{where}: {name}.batch_size, {name}.micro_batch_size * launch.ranks * launch.hosts"
+        )
+    _check_launch(recipe, where)
     _check_ppo(recipe, where)
     for key in ("gate", "margin"):
         named = getattr(recipe.evals, key)
@@ -254,11 +257,26 @@ def _check_values(recipe: Recipe, where: str) -> None:
                 )
 
 
+def _check_launch(recipe: Recipe, where: str) -> None:
+    table = recipe.launch
+    if table.offload != "none" and not table.zero:
+        fix = "set launch.zero to 2, or to 3 to shift weights as well"
+        raise UserError("only ZeRO keeps something in the host's memory", where=f"{where}: launch.offload", fix=fix)
+    if table.offload == "all" and table.zero < 3:
+        fix = 'set launch.zero = 3, or launch.offload = "optimizer"'
+        raise UserError("weights stay where they are below stage 3", where=f"{where}: launch.offload", fix=fix)
+    if table.hosts > 1 and not table.rendezvous:
+        fix = 'write the first host and a free port there, e.g. "node0:29500"'
+        raise UserError("where do the hosts meet?", where=f"{where}: launch.rendezvous", fix=fix)
+
+
 def _check_ppo(recipe: Recipe, where: str) -> None:
-    table, ranks = recipe.ppo, recipe.launch.ranks
+    table, world = recipe.ppo, recipe.launch.world
     minibatch = exact_div(table.rollouts, table.minibatches, f"{where}: ppo.rollouts, ppo.minibatches")
-    micro = min(table.micro_batch_size, minibatch) * ranks
-    exact_div(minibatch, micro, f"{where}: ppo.rollouts / ppo.minibatches, ppo.micro_batch_size * launch.ranks")
+    micro = min(table.micro_batch_size, minibatch) * world
+    exact_div(
+        minibatch, micro, f"{where}: ppo.rollouts / ppo.minibatches, ppo.micro_batch_size * launch.ranks * launch.hosts"
+    )
     exact_div(table.rollouts, table.group_size, f"{where}: ppo.rollouts, ppo.group_size")
     if table.advantage != "gae" and table.group_size < 2:
         raise UserError(

@@ -275,8 +275,24 @@ class Guard(Watch):
 
 
 class Launch(Table):
-    ranks: int = Field(1, ge=1, description="processes on this host")
-    deepspeed: str | None = Field(None, description="DeepSpeed configuration (JSON)")
+    """Where a recipe runs. The same recipe gives the same run anywhere, so none of this is part of a fingerprint."""
+
+    ranks: int = Field(1, ge=1, description="processes on each host")
+    hosts: int = Field(1, ge=1, description="machines")
+    rendezvous: str = Field("", description="host:port at which the hosts meet, on one of them; needed from 2 hosts on")
+    zero: Literal[0, 1, 2, 3] = Field(
+        0, description="stage of ZeRO: ranks share out optimizer states (1), gradients too (2), weights too (3)"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="what ZeRO keeps in the host's memory: optimizer states, or (stage 3) weights as well"
+    )
+    deepspeed: str | None = Field(None, description="further DeepSpeed settings (JSON), put over those of this table")
+    restarts: int = Field(0, ge=0, description="times that all ranks are started again after one of them was lost")
+
+    @property
+    def world(self) -> int:
+        """Processes on all hosts."""
+        return self.ranks * self.hosts
 
 
 class Check(Table):

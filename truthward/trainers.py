@@ -37,7 +37,7 @@ def trainer_arguments(table: Training, launch: Launch, run: Run, seed: int) -> d
     return {
         "output_dir": str(run.path / "checkpoints"),
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": exact_div(table.batch_size, micro * launch.ranks, "batch_size, micro_batch_size"),
+        "gradient_accumulation_steps": exact_div(table.batch_size, micro * launch.world, "batch_size, micro_batch_size"),
         "learning_rate": table.learning_rate,
         "lr_scheduler_type": table.schedule if table.schedule != "constant" else "constant_with_warmup",
         "warmup_steps": table.warmup_ratio,

@@ -319,7 +319,7 @@ class Facts:
 
         A last micro-batch that is not full is dropped (``dataloader_drop_last``).
         """
-        table, ranks = getattr(self.recipe, stage), self.recipe.launch.ranks
+        table, ranks = getattr(self.recipe, stage), self.recipe.launch.world
         micro = 1 if stage == "sft" and table.packing else min(table.micro_batch_size, table.batch_size)
         return micro * ranks, table.batch_size // (micro * ranks), self.sequences(stage) // (micro * ranks)
 

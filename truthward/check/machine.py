@@ -53,7 +53,7 @@ def _free_memory() -> int:
 def elsewhere(facts: Facts, machine: Machine) -> bool:
     """Whether the recipe is evidently for another machine: DeepSpeed on several ranks, and no GPU here."""
     launch = facts.recipe.launch
-    return not facts.launching and launch.ranks > 1 and launch.deepspeed is not None and not machine.gpus
+    return not facts.launching and launch.world > 1 and launch.zero > 0 and not machine.gpus
 
 
 @rule("machine-other", "threads-many", "ranks-many", "package-absent")
@@ -62,7 +62,7 @@ def processes(facts: Facts) -> Found:
     recipe, machine = facts.recipe, Machine.here()
     ranks, threads = recipe.launch.ranks, recipe.model.threads
     if elsewhere(facts, machine):
-        text = f"{ranks} ranks under DeepSpeed, and no GPU here"
+        text = f"{recipe.launch.world} ranks under DeepSpeed, and no GPU here"
         why = "compute type, memory, disk, time and links are judged where it will run"
         yield note("machine-other", "launch", text, why=why, fix="run truthward check there too")
         return
@@ -80,7 +80,7 @@ def processes(facts: Facts) -> Found:
         text = f"each of {ranks} ranks would take all {machine.cores} cores"
         why = "threads that outnumber cores make products many times slower"
         yield warning("threads-many", "model.threads", text, why=why, fix=f"set it to {max(1, machine.cores // ranks)}")
-    needs = {"deepspeed": ("launch.deepspeed", recipe.launch.deepspeed), "lm_eval": ("evals.lm_eval", recipe.evals.lm_eval)}
+    needs = {"deepspeed": ("launch.zero", recipe.launch.zero), "lm_eval": ("evals.lm_eval", recipe.evals.lm_eval)}
     for package, (key, wanted) in needs.items():
         if wanted and importlib.util.find_spec(package) is None:
             text = f"the package {package} is not installed"

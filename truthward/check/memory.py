@@ -7,9 +7,7 @@ was measured (``docs/check.md``). Units are bytes.
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 from typing import NamedTuple
 
 from truthward import chat
@@ -103,9 +101,9 @@ def predict(facts: Facts, stage: str, device: str, width: int, zero: int | None 
     Args:
         device: ``cpu`` or ``cuda``.
         width: bytes of the compute type.
-        zero: stage of ZeRO; by default that of the recipe's DeepSpeed configuration.
+        zero: stage of ZeRO; by default the recipe's.
     """
-    shape, table, ranks = facts.shape, getattr(facts.recipe, stage), facts.recipe.launch.ranks
+    shape, table, ranks = facts.shape, getattr(facts.recipe, stage), facts.recipe.launch.world
     row = largest_row(facts, stage)
     if not shape.layers or row is None:
         return None
@@ -114,7 +112,7 @@ def predict(facts: Facts, stage: str, device: str, width: int, zero: int | None 
     trained = shape.adapter(table.lora_rank) if lora else shape.parameters
     states = _states(facts, stage, trained, width)
     layer = shape.parameters / shape.layers * width
-    stage_of_zero = zero_stage(facts.recipe.launch.deepspeed) if zero is None else zero
+    stage_of_zero = facts.recipe.launch.zero if zero is None else zero
     weights, gradients, optimizer = sharded(states, stage_of_zero, ranks, layer)
     kept = activations(shape, tokens, longest, trees, table.lora_rank if lora else 0, width)
     waste = WASTE[device]["trees" if trees else "packed"]
@@ -175,12 +173,3 @@ def largest_row(facts: Facts, stage: str) -> tuple[int, int, int] | None:
     if stage == "sft":  # padded to the longest, and attended to as packed rows are
         return longest * micro, longest * micro, 0
     return sum(row), longest, len(row)
-
-
-def zero_stage(path: str | None) -> int:
-    """The stage of ZeRO that a DeepSpeed configuration asks for; 0 without one, or where it cannot be read."""
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-        return int(config.get("zero_optimization", {}).get("stage", 0))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return 0

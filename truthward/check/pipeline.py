@@ -191,7 +191,7 @@ def launch(facts: Facts) -> Found:
     except (OSError, ValueError) as fault:
         text = f"{path} cannot be read as JSON: {fault}"
         why = "every trained stage would stop at it"
-        yield error("deepspeed-unreadable", "launch.deepspeed", text, why=why, fix="see recipes/deepspeed")
+        yield error("deepspeed-unreadable", "launch.deepspeed", text, why=why, fix="mend the file, or take the key out")
         return
     yield from _differences(facts.recipe, path, config)
 
@@ -202,6 +202,10 @@ def _differences(recipe: Recipe, path: str, config: dict[str, Any]) -> Found:
         if config.get(key, "auto") != "auto":
             text = f"it sets {key} = {config[key]!r}, which the recipe sets too"
             yield error("deepspeed-differs", path, text, why=why, fix=f'write "{key}": "auto"')
+    stage = (config.get("zero_optimization") or {}).get("stage", recipe.launch.zero)
+    if stage != recipe.launch.zero:
+        text = f"it sets stage {stage} of ZeRO, and launch.zero = {recipe.launch.zero}"
+        yield error("deepspeed-differs", path, text, why=why, fix="take it out, or set launch.zero to it")
     for key in ("optimizer", "scheduler"):
         if key in config:
             text = f"it brings its own {key}"
