@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from truthward import provenance
+from truthward import provenance, ranks
 from truthward.errors import UserError
 from truthward.fingerprint import by_content, code_of, digest, hash_code, hash_path
 from truthward.reading import parse_json, read_text
@@ -212,10 +212,14 @@ class Run:
         return complete(self.path.parent / name)
 
     def record(self, **values: Any) -> None:
-        """Add to the manifest and write it; while the run goes on, with the seconds that it has taken so far."""
+        """Add to the manifest and write it; while the run goes on, with the seconds that it has taken so far.
+
+        The first rank alone writes.
+        """
         self.manifest |= clean(values)
         self.manifest |= {"seconds": self._seconds()} if self.manifest.get("status") == "running" else {}
-        write_json(self.path / "manifest.json", self.manifest)
+        if ranks.first():
+            write_json(self.path / "manifest.json", self.manifest)
 
     def incident(self, kind: str, **details: Any) -> None:
         """Put on record that something went wrong or was set aside, with its evidence."""
@@ -238,7 +242,7 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
-    """Enter the run directory of a planned stage, made or resumed; only one process at a time.
+    """Enter the run directory of a planned stage, made or resumed; only one process at a time, or all ranks of one launch.
 
     Args:
         recipe: the resolved recipe.
@@ -250,7 +254,13 @@ def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
     planned = plan(recipe)
     if name not in planned:
         raise UserError(f"the recipe has no stage {name}", where=recipe.name, fix=f"its stages: {', '.join(recipe.stages)}")
-    this = planned[name]
+    with contextlib.ExitStack() as held:
+        manifest = ranks.lead(lambda: held.enter_context(_entered(recipe, planned[name])).manifest)
+        yield Run(planned[name].path, manifest)
+
+
+@contextlib.contextmanager
+def _entered(recipe: Recipe, this: Planned) -> Iterator[Run]:
     for parent in this.parents.values():
         complete(this.path.parent / parent)
     this.path.mkdir(parents=True, exist_ok=True)
