@@ -13,14 +13,16 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from lab import Lab  # noqa: E402
 
-from truthward import ranks  # noqa: E402
+from truthward import ranks, zero  # noqa: E402
 from truthward.stage import guarded  # noqa: E402
+from truthward.tables import Launch  # noqa: E402
 
 
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     for job in jobs:
         lab = Lab(Path(job["home"]), Path(job["runs"]))
+        zero.enter(Launch())  # nothing of the job before
         ranks.join(lab.recipe(*job["overrides"]).launch, patience=120)
         lab.run(job["stage"], *job["overrides"])
     ranks.leave()

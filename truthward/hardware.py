@@ -19,6 +19,13 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // beside))
 
 
+def device() -> torch.device:
+    """This rank's own: a GPU of its host, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 @functools.cache
 def measure_dtypes(rows: int = 256, width: int = 576, depth: int = 1536) -> dict[str, float]:
     """Speed of a typical matrix product on the device that training uses, GFLOP/s by dtype (best of several)."""

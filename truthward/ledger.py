@@ -10,6 +10,7 @@ fingerprint: nothing to do. Interrupted: the stage resumes. Anything changed: a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -75,6 +76,36 @@ def whole_directory(path: Path) -> Iterator[Path]:
     except Exception:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def joint_directory(path: Path) -> Iterator[Path]:
+    """As :func:`whole_directory`, written into by all ranks: it becomes ``path`` when the block has ended well on each.
+
+    Raises:
+        OSError: another rank could not write its part; nothing is left of the others'.
+    """
+    scratch = path.with_name(f".{path.name}.writing")
+
+    def begin() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+
+    def end() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(scratch, path)
+
+    ranks.lead(begin)
+    trouble: Exception | None = None
+    try:
+        yield scratch
+    except Exception as error:
+        trouble = error
+    failed = {number: text for number, text in enumerate(ranks.gather(trouble and str(trouble))) if text is not None}
+    if failed:
+        ranks.lead(lambda: shutil.rmtree(scratch, ignore_errors=True))
+        raise trouble or OSError(errno.EIO, f"rank {min(failed)} could not write: {failed[min(failed)]}", str(path))
+    ranks.lead(end)
 
 
 # -------------------------------------------------------------------------------------------------------------- plan

@@ -257,6 +257,11 @@ def lora_config(rank: int, alpha: int, task: str = "CAUSAL_LM") -> Any:
 
 
 def save(run: Run, model: Any, head: torch.Tensor | None = None) -> None:
+    """Write a trained model into its run directory, as :func:`save_to` does."""
+    save_to(run.model_dir, model, head)
+
+
+def save_to(folder: Path, model: Any, head: torch.Tensor | None = None) -> None:
     """Write a trained model's adapter or full weights as safetensors, all or nothing; called by every rank.
 
     Args:
@@ -265,11 +270,11 @@ def save(run: Run, model: Any, head: torch.Tensor | None = None) -> None:
     state = zero.gathered(model)
 
     def write() -> None:
-        with whole_directory(run.model_dir) as folder:
-            model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
-            leave_home_out(folder)
+        with whole_directory(folder) as scratch:
+            model.save_pretrained(scratch, **({} if state is None else {"state_dict": state}))
+            leave_home_out(scratch)
             if head is not None:
-                save_head(folder, weight=head)
+                save_head(scratch, weight=head)
 
     ranks.lead(write)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,9 @@ def enter(launch: Launch) -> dict[str, bool]:
         ``accelerator_config`` for a trainer's arguments.
     """
     from accelerate.state import AcceleratorState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     if not launch.zero:
@@ -79,13 +83,22 @@ def enter(launch: Launch) -> dict[str, bool]:
     return {"use_configured_state": True}
 
 
-def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """All of a parameter, on the CPU of every rank, wherever ZeRO keeps it. Called by every rank."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach().cpu()
+@contextlib.contextmanager
+def present(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Within, these parameters are whole on every rank, wherever ZeRO-3 keeps them. Entered by every rank."""
+    absent = [p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE"]
+    if not absent:
+        yield
+        return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters(absent):
+        yield
+
+
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A copy of all of a parameter, on the CPU of every rank. Called by every rank."""
+    with present([parameter]):
         return parameter.detach().cpu().clone()
 
 
