@@ -71,7 +71,7 @@ class ZeroStepper(Stepper):
             model=module, optimizer=optimizer, config=filled, dist_init_required=False
         )
         super().__init__(engine, optimizer, max_norm)
-        self.optimizer = wrapped
+        self.optimizer, self.stage = wrapped, settings["zero_optimization"]["stage"]
 
     def backward(self, loss: Tensor) -> None:
         """As above; DeepSpeed takes means over ranks."""
@@ -79,6 +79,10 @@ class ZeroStepper(Stepper):
 
     def step(self) -> float:
         self.module.step()
+        if self.stage == 3:
+            # it overwrites with the first backward pass of a step and adds with later ones, also to what parameters that
+            # the first did not touch (the critic's) have left there from the step before
+            self.optimizer.grad_partitions_flat_buffer.zero_()
         return float(self.module.get_global_grad_norm())
 
 
