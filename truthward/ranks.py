@@ -116,10 +116,10 @@ def lead(work: Callable[[], T]) -> T:
             outcome = None, error
         finally:
             _alone = False
-    value, error = share(outcome)
-    if error is not None:
-        error.told = not first()  # type: ignore[attr-defined]
-        raise error
+    value, trouble = share(outcome)
+    if trouble is not None:
+        trouble.told = not first()  # type: ignore[union-attr]
+        raise trouble
     return value
 
 

@@ -29,15 +29,15 @@ class Part(NamedTuple):
     start: int
     flat: Tensor  # the optimizer's own (fp32) tensor; of several parameters under ZeRO
     offset: int
-    count: int
+    size: int
     state: dict[str, Any]  # the optimizer's, for all of ``flat``
 
     def of(self, values: Tensor) -> Tensor:
         """This stretch of something that is as long as ``flat``."""
-        return values.view(-1).narrow(0, self.offset, self.count)
+        return values.view(-1).narrow(0, self.offset, self.size)
 
 
-def part(parameter: nn.Parameter, optimizer: Any) -> Part | None:
+def part(parameter: Any, optimizer: Any) -> Part | None:
     """Which part of a parameter this rank steps on; None: nothing of it.
 
     Args:
@@ -91,14 +91,14 @@ def read(folder: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> None
         mine = part(parameter, optimizer) if _shared_out(parameter) else _own(parameter, optimizer)
         if mine is None:
             continue
-        mine.of(mine.flat).copy_(saved.stretch(name, WEIGHT, mine.start, mine.count))
+        mine.of(mine.flat).copy_(saved.stretch(name, WEIGHT, mine.start, mine.size))
         keys = saved.keys_of(name) - {WEIGHT}
         if not keys:  # a first step makes them
             mine.state.clear()
         for key in keys - {STEP}:
             if key not in mine.state:
                 mine.state[key] = torch.zeros_like(mine.flat)
-            mine.of(mine.state[key]).copy_(saved.stretch(name, key, mine.start, mine.count))
+            mine.of(mine.state[key]).copy_(saved.stretch(name, key, mine.start, mine.size))
         if STEP in keys:
             mine.state[STEP] = saved.step(name)
 
