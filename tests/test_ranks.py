@@ -80,7 +80,9 @@ def bare(lab: Lab, runs: Path, *stages: str) -> Lab:
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(next(run.model_dir.glob("*model.safetensors")))
+    """Of the model, and of PPO's critic or the preference model's head where there is one."""
+    files = [file for folder in (run.model_dir, run.path / "critic") for file in sorted(folder.glob("*.safetensors"))]
+    return {f"{file.parent.name}/{file.name}/{name}": t for file in files for name, t in load_file(file).items()}
 
 
 def found(lab: Lab, stage: str, *overrides: str) -> Run:
