@@ -1,14 +1,17 @@
 """Run under torchrun: stages of a lab one after another, in one start of all ranks (see :mod:`tests.test_ranks`).
 
-A job is ``{"home", "runs", "stage", "overrides"}``; with ``"die_at"`` the last rank is killed before it logs that step.
+A job is ``{"home", "runs", "stage", "overrides"}``; a ``"fault"`` befalls the last rank at the step ``"at"``, once: it is
+``killed``, it is ``hung``, or its ``disk`` is full when it writes its part of the checkpoint of that step.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +19,25 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from lab import Lab  # noqa: E402
 
-from truthward import ranks, zero  # noqa: E402
+from truthward import ranks, shards, zero  # noqa: E402
 from truthward.guard.watch import Guard  # noqa: E402
 from truthward.stage import guarded  # noqa: E402
 from truthward.tables import Launch  # noqa: E402
 
 
-def die_at(step: int) -> None:
-    """Kill the last rank where the guard is to judge this step: nothing of the step is on disk yet."""
-    judge = Guard.observe
+def befall(fault: str, at: int) -> None:
+    """Let the fault happen where the guard is to judge step ``at``: nothing of that step is on disk yet."""
+    judge, write = Guard.observe, shards.write
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "planted")
 
     def observe(self: Guard, row: Any) -> Any:
-        if row["step"] == step and ranks.rank() == ranks.count() - 1:
+        if row["step"] == at and fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if row["step"] == at and fault == "hung":
+            time.sleep(600)
+        shards.write = full if row["step"] == at and fault == "disk" else write
         return judge(self, row)
 
     Guard.observe = observe  # type: ignore[method-assign]
@@ -39,8 +48,9 @@ def main() -> None:
         lab = Lab(Path(job["home"]), Path(job["runs"]))
         zero.enter(Launch())  # nothing of the job before
         ranks.join(lab.recipe(*job["overrides"]).launch, patience=120)
-        if "die_at" in job:
-            die_at(job["die_at"])
+        last, begun_again = ranks.rank() == ranks.count() - 1, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if "fault" in job and last and not begun_again:
+            befall(job["fault"], job["at"])
         lab.run(job["stage"], *job["overrides"])
     ranks.leave()
 

@@ -41,11 +41,18 @@ WAYS = {
 CLOSE = 1e-5
 
 
-def start(jobs: list[dict[str, Any]], folder: Path, count: int = 2, *, check: bool = True) -> Any:
+def start(jobs: list[dict[str, Any]], folder: Path, count: int = 2, *, check: bool = True, restarts: int = 0) -> Any:
     """Run jobs of :mod:`rank_jobs` on so many ranks."""
     file = folder / f"jobs-{count}.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        f"--max-restarts={restarts}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*words, str(ROOT / "tests" / "rank_jobs.py"), str(file)],
@@ -142,28 +149,62 @@ def test_whole_weights_and_offloading_do_what_one_rank_does(lab, tmp_path):
         assert_alike(found(together, stage, *settings), expected)
 
 
-# ------------------------------------------------------------------------------------------------------ other numbers
+# ------------------------------------------------------------------------------------------------------------- faults
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage_of_zero(lab, tmp_path):
-    """Killed on two ranks behind a checkpoint, finished on one, and the other way round: as if nothing had happened."""
-    settings = {
-        "dpo": ["dpo.checkpoint_every=1", *ALIKE["dpo"]],
-        "ppo": ALIKE["ppo"],
-    }
+def test_a_killed_rank_ends_all_and_the_run_goes_on_with_other_ranks_and_another_stage_of_zero(lab, tmp_path):
+    """Two ranks under ZeRO-3, the last one killed at the second step; finished by one rank under ZeRO-2."""
+    settings = {"dpo": ["dpo.checkpoint_every=1"], "ppo": ALIKE["ppo"]}
     labs = {stage: bare(lab, tmp_path / f"{stage}-cut", stage) for stage in settings}
     whole = {stage: bare(lab, tmp_path / f"{stage}-whole", stage).run(stage, WARN, *settings[stage]) for stage in settings}
-    cut = [job(labs[stage], stage, 2, *settings[stage], "launch.zero=3") | {"die_at": 2} for stage in settings]
-    for each in cut:
-        done = start([each], tmp_path, check=False)
-        assert done.returncode != 0
-        assert not found(labs[each["stage"]], each["stage"], *settings[each["stage"]]).done
+    for stage in settings:
+        cut = job(labs[stage], stage, 2, *settings[stage], "launch.zero=3") | {"fault": "killed", "at": 2}
+        assert start([cut], tmp_path, check=False).returncode != 0
+        assert not found(labs[stage], stage, *settings[stage]).done
     start([job(labs[stage], stage, 1, *settings[stage], "launch.zero=2") for stage in settings], tmp_path, count=1)
     for stage in settings:
         run = found(labs[stage], stage, *settings[stage])
         assert run.manifest["resumed"] == 1
         assert_alike(run, whole[stage])
+
+
+@pytest.mark.slow
+def test_ranks_that_are_started_again_after_a_kill_end_as_if_nothing_had_happened(lab, tmp_path):
+    made, settings = bare(lab, tmp_path / "cut", "reward"), ["reward.checkpoint_every=1", "launch.zero=2"]
+    expected = bare(lab, tmp_path / "whole", "reward").run("reward", WARN, "reward.checkpoint_every=1")
+    start([job(made, "reward", 2, *settings) | {"fault": "killed", "at": 3}], tmp_path, restarts=1)
+    run = found(made, "reward", *settings)
+    assert run.manifest["resumed"] == 1
+    assert_alike(run, expected)
+
+
+@pytest.mark.slow
+def test_a_hung_rank_ends_all_within_its_bound_with_every_ranks_stacks(lab, tmp_path):
+    made = bare(lab, tmp_path / "hung", "sft")
+    settings = [*ALIKE["sft"], "launch.zero=2", "guard.hang_seconds=8.0"]
+    done = start([job(made, "sft", 2, *settings) | {"fault": "hung", "at": 2}], tmp_path, check=False)
+    assert done.returncode != 0
+    assert "did not end in" in done.stderr
+    run = found(made, "sft", *settings)
+    assert not run.done
+    stacks = {path.name: path.read_text() for path in run.path.glob("stacks-rank*.txt")}
+    assert "befall" not in stacks.get("stacks-rank0.txt", "")
+    assert "rank_jobs.py" in stacks["stacks-rank1.txt"], "the last rank's says where it hung"
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_one_rank_ends_all_with_one_clear_error_and_nothing_is_lost(lab, tmp_path):
+    made, settings = bare(lab, tmp_path / "full", "ppo"), [*ALIKE["ppo"], "launch.zero=3"]
+    expected = bare(lab, tmp_path / "whole", "ppo").run("ppo", WARN, *ALIKE["ppo"])
+    done = start([job(made, "ppo", 2, *settings) | {"fault": "disk", "at": 2}], tmp_path, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("No space left on device") == 1
+    assert "to do: make room" in done.stderr
+    run = found(made, "ppo", *settings)
+    assert [p.name for p in sorted((run.path / "checkpoints").iterdir())] == ["iteration-00000", "iteration-00001"]
+    start([job(made, "ppo", 2, *settings)], tmp_path)
+    assert_alike(found(made, "ppo", *settings), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces

@@ -10,7 +10,6 @@ fingerprint: nothing to do. Interrupted: the stage resumes. Anything changed: a 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -101,10 +100,12 @@ def joint_directory(path: Path) -> Iterator[Path]:
         yield scratch
     except Exception as error:
         trouble = error
-    failed = {number: text for number, text in enumerate(ranks.gather(trouble and str(trouble))) if text is not None}
-    if failed:
-        ranks.lead(lambda: shutil.rmtree(scratch, ignore_errors=True))
-        raise trouble or OSError(errno.EIO, f"rank {min(failed)} could not write: {failed[min(failed)]}", str(path))
+    try:
+        ranks.agree(trouble)
+    except Exception:
+        if ranks.first():
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
     ranks.lead(end)
 
 

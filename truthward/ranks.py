@@ -7,6 +7,7 @@ decides for all, and an error that it meets there ends all of them.
 from __future__ import annotations
 
 import datetime
+import errno
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -121,6 +122,22 @@ def lead(work: Callable[[], T]) -> T:
         trouble.told = not first()  # type: ignore[union-attr]
         raise trouble
     return value
+
+
+def agree(trouble: Exception | None) -> None:
+    """End every rank where one of them met trouble while each did its part; called by all of them.
+
+    Raises:
+        Exception: this rank's own trouble, or an OSError that names the rank that had it.
+    """
+    said = gather(trouble and f"{type(trouble).__name__}: {trouble}")
+    if trouble is not None:
+        raise trouble
+    for number, text in enumerate(said):
+        if text is not None:
+            elsewhere = OSError(errno.EIO, f"rank {number} could not do its part: {text}")
+            elsewhere.told = True  # type: ignore[attr-defined]
+            raise elsewhere
 
 
 def _group() -> Any:

@@ -51,8 +51,10 @@ def guarded(work: Callable[[], None]) -> int:
         return 130
     except Exception as error:
         refused = refusal(error)
-        if not refused:
+        if not refused and not getattr(error, "told", False):
             raise
+        if getattr(error, "told", False):
+            return 2
         said = f"{inert(refused)}\n  to do: make room, give write permission or take another path; run the same command"
         print(f"error: {said}", file=sys.stderr)
         return 2

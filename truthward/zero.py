@@ -129,10 +129,14 @@ def keep_own_checkpoints(trainer: Any) -> None:
         return {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
 
     def write(folder: str) -> None:
-        shards.write(Path(folder), trained(), trainer.model_wrapped.optimizer)
-        if ranks.first():
-            torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / "scheduler.pt")
-        ranks.gather(None)  # the trainer's state, by which a checkpoint is known, comes after all parts
+        trouble: Exception | None = None
+        try:
+            shards.write(Path(folder), trained(), trainer.model_wrapped.optimizer)
+            if ranks.first():
+                torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / "scheduler.pt")
+        except Exception as error:
+            trouble = error
+        ranks.agree(trouble)  # the trainer's state, by which a checkpoint is known, comes after all parts
 
     read_rest = trainer._load_optimizer_and_scheduler
 
