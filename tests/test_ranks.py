@@ -136,7 +136,10 @@ def test_whole_weights_and_offloading_do_what_one_rank_does(lab, tmp_path):
             ["sft.tune=full", "sft.learning_rate=1e-3", *ALIKE["sft"]],
             ["launch.zero=3", 'launch.offload="all"', small],
         ],
-        "dpo": [["dpo.tune=full", "dpo.learning_rate=1e-3"], ["launch.zero=2", 'launch.offload="optimizer"']],
+        "dpo": [
+            ["dpo.tune=full", "ppo.parent=sft", "dpo.learning_rate=1e-3"],
+            ["launch.zero=2", 'launch.offload="optimizer"'],
+        ],
         "ppo": [["ppo.tune=full", "ppo.parent=sft", "ppo.learning_rate=1e-5", "ppo.iterations=2"], ["launch.zero=3", small]],
     }
     jobs, pairs = [], []
