@@ -38,6 +38,7 @@ from truthward.guard import check_start
 from truthward.guard import rules as watched
 from truthward.guard.detectors import repeated_share
 from truthward.guard.interruptions import Watchdog, stop_on_request
+from truthward.guard.ranks import check_ranks
 from truthward.guard.watch import Guard
 from truthward.ledger import Run
 from truthward.records import Prompt, read_demonstrations, read_rows
@@ -103,7 +104,8 @@ class PpoRun:
         self.progress = state.load(self.run, self.trainable, self.optimizer, fresh)
 
     def save(self) -> None:
-        """Write a checkpoint, and how long the run took so far."""
+        """Write a checkpoint of ranks that agree, and how long the run took so far."""
+        check_ranks(self.progress.iteration, (p for p in self.trainable.values() if not hasattr(p, "ds_id")), self.run)
         state.save(self.run, self.progress, self.trainable, self.optimizer)
         self.run.record()
 

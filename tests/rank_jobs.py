@@ -1,7 +1,8 @@
 """Run under torchrun: stages of a lab one after another, in one start of all ranks (see :mod:`tests.test_ranks`).
 
 A job is ``{"home", "runs", "stage", "overrides"}``; a ``"fault"`` befalls the last rank at the step ``"at"``, once: it is
-``killed``, it is ``hung``, or its ``disk`` is full when it writes its part of the checkpoint of that step.
+``killed``, it is ``hung``, or its ``disk`` is full when it writes its part of the checkpoint of that step. A loss that is
+``not finite`` befalls all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from truthward.tables import Launch  # noqa: E402
 
 def befall(fault: str, at: int) -> None:
     """Let the fault happen where the guard is to judge step ``at``: nothing of that step is on disk yet."""
-    judge, write = Guard.observe, shards.write
+    judge, write, met = Guard.observe, shards.write, list[int]()
 
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "planted")
@@ -37,6 +38,9 @@ def befall(fault: str, at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if row["step"] == at and fault == "hung":
             time.sleep(600)
+        if row["step"] == at and fault == "not finite" and not met:
+            met.append(at)
+            row = {**row, "loss": float("nan")}
         shards.write = full if row["step"] == at and fault == "disk" else write
         return judge(self, row)
 
@@ -49,7 +53,7 @@ def main() -> None:
         zero.enter(Launch())  # nothing of the job before
         ranks.join(lab.recipe(*job["overrides"]).launch, patience=120)
         last, begun_again = ranks.rank() == ranks.count() - 1, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if "fault" in job and last and not begun_again:
+        if "fault" in job and (last or job["fault"] == "not finite") and not begun_again:
             befall(job["fault"], job["at"])
         lab.run(job["stage"], *job["overrides"])
     ranks.leave()

@@ -265,7 +265,7 @@ class Run:
 
     def finish(self, **values: Any) -> None:
         """The last write of a stage: everything it made is on disk before ``complete`` is."""
-        closing = {"seconds": self._seconds(), "peak_memory_gb": _peak_memory_gb(), "finished": provenance.now()}
+        closing = {"seconds": self._seconds(), "peak_memory_gb": peak_memory_gb(), "finished": provenance.now()}
         self.record(**values, **closing, status="complete")
 
     def _seconds(self) -> float:
@@ -375,7 +375,8 @@ def _unrecorded(path: Path) -> float:
     return 0.0 if manifest is None else max(times.values()) - manifest
 
 
-def _peak_memory_gb() -> float:
+def peak_memory_gb() -> float:
+    """The most that this process has held so far."""
     import resource
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

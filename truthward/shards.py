@@ -76,6 +76,7 @@ def write(folder: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> Non
         save_file(whole, folder / f"shard-{ranks.rank():05d}-of-{count:05d}.safetensors")
 
 
+@torch.no_grad()
 def read(folder: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> None:
     """Take over what :func:`write` left, from however many ranks.
 
@@ -112,7 +113,6 @@ def _own(parameter: nn.Parameter, optimizer: Any) -> Part:
     return Part(0, parameter.data, 0, parameter.numel(), optimizer.state[parameter])
 
 
-@torch.no_grad()
 def _fill(parameter: Any, name: str, saved: Saved) -> None:
     """The weights that the model computes with, where they are a copy of what the optimizer steps on."""
     if hasattr(parameter, "ds_id"):

@@ -50,11 +50,11 @@ def guarded(work: Callable[[], None]) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
-        refused = refusal(error)
-        if not refused and not getattr(error, "told", False):
-            raise
         if getattr(error, "told", False):
             return 2
+        refused = refusal(error)
+        if not refused:
+            raise
         said = f"{inert(refused)}\n  to do: make room, give write permission or take another path; run the same command"
         print(f"error: {said}", file=sys.stderr)
         return 2
