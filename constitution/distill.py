@@ -16,7 +16,7 @@ from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from constitution.student import DistillTrainer, collate
-from truthward import chat, hardware, models
+from truthward import chat, hardware, models, ranks
 from truthward.console import progress, say
 from truthward.errors import UserError
 from truthward.generate import generate
@@ -49,10 +49,14 @@ def run(recipe: Recipe, this: Run) -> None:
     dtype, compute = hardware.set_up(recipe.model, this)
     model = models.load(parent, dtype)
     path = this.path / "samples.jsonl"
-    if not path.exists():
-        prompts = draw(read_prompts(table.prompts), table.max_prompts, recipe.seed)
-        drawn = [draw_principle(list(principles.values()), recipe.seed, prompt) for prompt in prompts]
-        write_rows(path, answered(recipe, model, tokenizer, prompts, drawn, parent.manifest["fingerprint"]))
+
+    def sample() -> None:
+        if not path.exists():
+            prompts = draw(read_prompts(table.prompts), table.max_prompts, recipe.seed)
+            drawn = [draw_principle(list(principles.values()), recipe.seed, prompt) for prompt in prompts]
+            write_rows(path, answered(recipe, model, tokenizer, prompts, drawn, parent.manifest["fingerprint"]))
+
+    ranks.lead(sample)
     samples = read_rows(path, Sample)
     rows = [to_row(tokenizer, sample, principles[sample.principle]) for sample in samples]
     lengths = [max(map(len, row["prompts"])) + sum(map(len, row["answers"])) for row in rows]

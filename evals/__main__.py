@@ -109,7 +109,8 @@ def _flipped(this: Run, most: int = 5) -> str:
     """Items of the blocked sets whose verdict turned for the worse, as lines."""
     result = _read(this.path / "evals.json")
     sets = {name.partition(".")[0] for name in this.manifest["gate"]["worse"]}
-    flipped = result["against_parent"]["flipped"] or result["against_base"]["flipped"]
+    compared = [result[key] for key in COMPARED.values() if key in result]
+    flipped: list[dict[str, Any]] = next((against["flipped"] for against in compared if against["flipped"]), [])
     worse = [f for f in flipped if f["set"] in sets and not f["better"]]
     lines = [f"  {f['set']}/{f['id']}: {f['before']!r} became {f['after']!r}\n" for f in worse[:most]]
     more = [f"  and {len(worse) - most} more\n"] if len(worse) > most else []
@@ -189,16 +190,16 @@ def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]
 def _report(result: dict[str, Any]) -> None:
     """A line for each metric of the truth set and the first of every other: interval, difference to parent and base."""
     shown: set[str] = set()
+    compared = {against["stage"]: against["differences"] for key in COMPARED.values() if (against := result.get(key))}
     for name, interval in result["metrics"].items():
         own = name.partition(".")[0]
         if not interval or (own in shown and own not in ("truth", "lm_eval")):
             continue
         shown.add(own)
         line = f"  {name:26} {Interval(**interval)}"
-        for key in COMPARED.values():
-            if key in result and (key == "against_parent" or result[key]["stage"] != result["against_parent"]["stage"]):
-                found = result[key]["differences"].get(name)
-                line += f"   {comparison.signed(found)} against {result[key]['stage']}" if found else ""
+        for stage, differences in compared.items():
+            found = differences.get(name)
+            line += f"   {comparison.signed(found)} against {stage}" if found else ""
         say(line)
 
 

@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 
 from reward.trainer import SoftRewardTrainer, collate
-from truthward import hardware, models, stats
+from truthward import hardware, models, ranks, stats, zero
 from truthward.branches import Item, attend_by_tree, plant
 from truthward.console import say
 from truthward.errors import UserError
-from truthward.ledger import Run, whole_directory
+from truthward.ledger import Run
 from truthward.records import (
     Margin,
     Pair,
@@ -67,17 +67,14 @@ def run(recipe: Recipe, this: Run) -> None:
         right = [float(s[w] > s[loser]) for s, row in zip(scores, held_out, strict=True) for w, loser in row["pairs"]]
         questions = [p.source for group in validation for p in group]  # a question's pairs are one cluster
         accuracy = stats.mean_interval(right, clusters=questions, resamples=recipe.evals.resamples, seed=recipe.seed)
-        with whole_directory(this.model_dir) as folder:
-            whole = trainer.model if table.tune == "lora" else sequence_classifier(trainer.model)
-            whole.save_pretrained(folder)
-            models.leave_home_out(folder)
-            models.save_head(folder, weight=head_of(trainer.model))
+        made = trainer.model if table.tune == "lora" else sequence_classifier(trainer.model)
+        models.save(this, made, head=zero.whole(head_of(trainer.model)))
         say(f"  validation accuracy {accuracy}")
         self_check(scores)
         metrics = {"pairs": pairs, "prompts": len(rows), "steps": steps, "validation_accuracy": accuracy.as_dict()}
         labelled = read_pairs(table.principle_bank, table.principle_pairs)
         margins = measure(trainer.model, tokenizer, labelled)
-        write_rows(this.path / "margins.jsonl", margins)
+        ranks.lead(lambda: write_rows(this.path / "margins.jsonl", margins))
         flat = [pair for pairs in labelled.values() for pair in pairs]
         this.finish(metrics=metrics | by_principle(margins, flat, recipe.evals.resamples, recipe.seed))
 
@@ -159,7 +156,7 @@ def _under(kind: Any, model: Any, head: torch.nn.Linear, **settings: Any) -> Any
     return classifier
 
 
-def head_of(model: Any) -> torch.Tensor:
+def head_of(model: Any) -> torch.nn.Parameter:
     """The trained scalar head's weight ``[1, hidden]``, under LoRA or not."""
     score = getattr(model, "base_model", model)
     score = score.model.score if hasattr(score, "model") and hasattr(score.model, "score") else model.score

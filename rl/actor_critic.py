@@ -20,9 +20,10 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from truthward import models
+from truthward import models, ranks, zero
 from truthward.branches import Forest
 from truthward.head import head_logprobs, head_logprobs_plainly
+from truthward.ledger import whole_directory
 from truthward.products import quicken
 
 
@@ -91,10 +92,10 @@ class ActorCritic(nn.Module):
         """
         hidden = self._hidden(task, forest)
         if task == "reward":  # at the last token, where the preference model was trained to give it
-            return self.reward_head(hidden[forest.tip].float()).squeeze(-1)
+            return _scalar(self.reward_head, hidden[forest.tip])
         before = hidden[forest.source]  # the state that predicts each answer token
         if task == "value":
-            return self.value_head(before.float()).squeeze(-1)
+            return _scalar(self.value_head, before)
         head, heat = self._of(task).get_output_embeddings(), self.temperature if temperature is None else temperature
         if (entropy and torch.is_grad_enabled()) or self._mixed(task):
             with self._precision(task):
@@ -115,29 +116,39 @@ class ActorCritic(nn.Module):
         """The policy's trained matrices as plain weights in the base's type: (module name, weight), made one by one."""
         for name, module in self._of("policy").named_modules():
             if self.policy is not None and isinstance(module, nn.Linear | nn.Embedding):
-                yield name, module.weight.detach().to(self.dtype)  # a copy may be frozen, the parameter must not
+                with zero.present(module.parameters()):
+                    yield name, module.weight.detach().to(self.dtype)  # a copy may be frozen, the parameter must not
             elif "policy" in getattr(module, "lora_A", {}):
-                weight = module.base_layer.weight
-                yield name, (weight.float() + module.get_delta_weight("policy").float()).to(weight.dtype)
+                with zero.present(module.parameters()):
+                    weight = module.base_layer.weight
+                    merged = (weight.float() + module.get_delta_weight("policy").float()).to(weight.dtype)
+                yield name, merged
 
     def save_policy(self, folder: Path) -> None:
-        """Write the policy: an adapter as peft does, or full weights."""
+        """Write the policy: an adapter as peft does, or full weights. Called by every rank, as those below."""
         if self.policy is not None:
-            self.policy.save_pretrained(folder)
+            models.save_to(folder, self.policy)
         else:
             self.save_adapter("policy", folder)
 
-    def save_adapter(self, name: str, folder: Path) -> None:
-        """Write one adapter as peft does, to be loaded under the name "default"."""
-        self.model.peft_config[name].save_pretrained(str(folder))
-        models.leave_home_out(folder)
-        state = {n.replace(f".{name}.", "."): p for n, p in self.model.state_dict().items() if f".{name}." in n}
-        save_file({n: p.detach().contiguous().cpu() for n, p in state.items()}, folder / "adapter_model.safetensors")
+    def save_adapter(self, name: str, folder: Path, **head: Tensor) -> None:
+        """Write one adapter as peft does, to be loaded under the name "default", and a head beside it if there is one."""
+        named = [(n.replace(f".{name}.", "."), p) for n, p in self.model.named_parameters() if f".{name}." in n]
+        state = {n: zero.whole(p) for n, p in named}
+
+        def write() -> None:
+            with whole_directory(folder) as scratch:
+                self.model.peft_config[name].save_pretrained(str(scratch))
+                models.leave_home_out(scratch)
+                save_file(state, scratch / "adapter_model.safetensors")
+                if head:
+                    models.save_head(scratch, **head)
+
+        ranks.lead(write)
 
     def save_critic(self, folder: Path) -> None:
         """Write the value adapter and its head."""
-        self.save_adapter("value", folder)
-        models.save_head(folder, weight=self.value_head.weight, bias=self.value_head.bias)
+        self.save_adapter("value", folder, **{name: zero.whole(p) for name, p in self.value_head.named_parameters()})
 
     def _add(self, name: str, source: Path | None, new: LoraConfig) -> None:
         config = _config(source) if source else copy.copy(new)
@@ -187,6 +198,11 @@ class ActorCritic(nn.Module):
         for name, parameters in self._adapters.items():
             for p in parameters:
                 p.requires_grad_(name in ("policy", "value"))
+
+
+def _scalar(head: nn.Linear, states: Tensor) -> Tensor:
+    """A head's scores of states ``[..., H]``, in fp32; its weights are fp32 too, but where DeepSpeed trains in bf16."""
+    return head(states.to(head.weight.dtype)).squeeze(-1).float()
 
 
 def _copy(base: Any, start: Path | None) -> Any:

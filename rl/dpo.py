@@ -17,7 +17,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from rl.losses import dpo_loss
-from truthward import hardware, models
+from truthward import hardware, models, ranks
 from truthward.branches import Item
 from truthward.console import progress, say
 from truthward.guard import check_start
@@ -108,8 +108,10 @@ def run(recipe: Recipe, this: Run) -> None:
     model = models.load(parent, dtype)
     with progress() as bar:
         task = bar.add_task("dpo reference", total=len(items))
-        for row, sums in zip(rows, answer_sums(model, items, tick=lambda n: bar.advance(task, n)), strict=True):
-            row["ref_logprobs"] = sums
+        mine = answer_sums(model, items[ranks.rank() :: ranks.count()], tick=lambda n: bar.advance(task, n * ranks.count()))
+        shares = ranks.gather(mine)
+        for number, row in enumerate(rows):
+            row["ref_logprobs"] = shares[number % ranks.count()][number // ranks.count()]
     trainer = SoftDpoTrainer(
         model=model,
         args=DPOConfig(

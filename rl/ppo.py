@@ -1,4 +1,4 @@
-"""``python -m rl.ppo RECIPE``: proximal policy optimisation (or RLOO, GRPO) against rewards, a plain loop on Accelerate.
+"""``python -m rl.ppo RECIPE``: proximal policy optimisation (or RLOO, GRPO) against rewards, a plain loop over all ranks.
 
 Each iteration: rollout -> score -> advantages -> update. The first ratio must be 1 and the first KL 0; the run asserts
 both. Old log-probabilities are recomputed with the training forward; where the sampler's differ, a weight corrects for it.
@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from rl import state
@@ -28,19 +27,20 @@ from rl.advantages import (
 )
 from rl.probe import Probe
 from rl.rewards import combine, open_sources, spread
-from rl.rollout import Batch, Sampler, draw_seed, prompt_order
+from rl.rollout import Batch, Sampler, draw_seed, joined, my_share, prompt_order
+from rl.stepping import stepper
 from rl.update import Learner, Scores, Targets
 from rl.work import Work
-from truthward import chat, hardware, models
+from truthward import chat, hardware, models, ranks
 from truthward.branches import Item
 from truthward.console import progress, say
-from truthward.errors import UserError
 from truthward.guard import check_start
 from truthward.guard import rules as watched
 from truthward.guard.detectors import repeated_share
 from truthward.guard.interruptions import Watchdog, stop_on_request
+from truthward.guard.ranks import check_ranks
 from truthward.guard.watch import Guard
-from truthward.ledger import Run, whole_directory
+from truthward.ledger import Run
 from truthward.records import Prompt, read_demonstrations, read_rows
 from truthward.stage import main
 from truthward.tables import Ppo, Recipe
@@ -65,8 +65,8 @@ class PpoRun:
         ptx = _demonstrations(self.tokenizer, table.ptx_data)
         self.dtype, compute = hardware.set_up(recipe.model, this)
         say(f"  {len(self.prompts)} prompts, {table.rollouts} rollouts an iteration; {compute}")
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.sources = open_sources(table.rewards, self.dtype, self.accelerator.device)
+        self.device = hardware.device()
+        self.sources = open_sources(table.rewards, self.dtype, self.device)
         torch.manual_seed(draw_seed(recipe.seed, "adapters"))  # new ones are drawn, and again when a run resumes
         actor_critic = ActorCritic(
             models.load(base, self.dtype),
@@ -82,8 +82,6 @@ class PpoRun:
         self.trainable = {name: parameter for part in parts for name, parameter in part.items()}
         groups = [{"params": list(part.values())} for part in parts]
         optimizer = torch.optim.AdamW(groups, lr=table.learning_rate, eps=1e-5, weight_decay=0.0)
-        self.optimizer = optimizer
-        self.restore()
         self.sampler = Sampler(
             actor_critic,
             self.tokenizer,
@@ -93,10 +91,12 @@ class PpoRun:
         )
         critic, scored = table.advantage == "gae", "reward" in parents
         self.work = Work(actor_critic.policy_shell(), self.dtype, full=table.tune == "full", critic=critic, scored=scored)
-        self.actor_critic, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
-        self.actor_critic.train()  # there is no dropout: training and sampling are the same function
+        module = actor_critic.to(self.device).train()  # there is no dropout: training and sampling are the same function
+        self.stepper = stepper(module, optimizer, table.max_grad_norm, recipe.launch, self.dtype, table.micro_batch_size)
+        self.actor_critic, self.optimizer = self.stepper.module, self.stepper.optimizer
+        self.restore()
         self.learner = Learner(self, ptx)
-        self.probe = Probe(recipe, self.actor_critic, self.tokenizer, self.accelerator.device)
+        self.probe = Probe(recipe, self.actor_critic, self.tokenizer, self.device)
 
     def restore(self) -> None:
         """Go to the newest checkpoint that is whole, or stand at the beginning."""
@@ -104,7 +104,8 @@ class PpoRun:
         self.progress = state.load(self.run, self.trainable, self.optimizer, fresh)
 
     def save(self) -> None:
-        """Write a checkpoint, and how long the run took so far."""
+        """Write a checkpoint of ranks that agree, and how long the run took so far."""
+        check_ranks(self.progress.iteration, (p for p in self.trainable.values() if not hasattr(p, "ds_id")), self.run)
         state.save(self.run, self.progress, self.trainable, self.optimizer)
         self.run.record()
 
@@ -136,17 +137,19 @@ class PpoRun:
         rows = [row for row in chosen for _ in range(table.group_size)]
         self.sampler.refresh()
         seeds = [draw_seed(seed, iteration, k, row) for k, row in enumerate(rows)]
-        batch = self.sampler.sample([self.prompts[r] for r in rows], seeds, tick=bar)
+        mine = my_share(len(rows))
+        batch = self.sampler.sample([self.prompts[r] for r in rows[mine]], seeds[mine], tick=bar)
         self.sampler.release()  # the policy is about to change, and the update needs the memory
-        return batch
+        return joined(ranks.gather(batch))  # every rank knows all answers, so that whatever is said of them is global
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
         """Scores of each reward, policy and reference log-probabilities, and values, by the forward that training uses."""
+        mine = torch.arange(len(batch.answers))[my_share(len(batch.answers))]
         old, ref, values, entropy = torch.zeros(4, *batch.mask.shape)
         preference: list[float] = []
-        for rows in torch.arange(len(batch.answers)).split(self.table.micro_batch_size):
-            forest, where = batch.forest(rows.tolist()).to(self.accelerator.device), batch.mask[rows]
+        for rows in mine.split(self.table.micro_batch_size):
+            forest, where = batch.forest(rows.tolist()).to(self.device), batch.mask[rows]
             policy = self.actor_critic("policy", forest, entropy=True)
             found = {old: policy.logprobs, entropy: policy.entropy, ref: self.actor_critic("reference", forest).logprobs}
             if self.table.advantage == "gae":
@@ -155,16 +158,20 @@ class PpoRun:
                 target[rows] = target[rows].masked_scatter(where, flat.cpu())
             if "reward" in self.table.rewards:
                 preference += self.actor_critic("reward", forest).tolist()
-        scores = self._ask(batch) if self.sources else {}
-        scores |= {"reward": preference}
-        return Scores([scores[name] for name in self.table.rewards], old, ref, values, entropy)
+        scores = self._ask(batch, mine.tolist()) | {"reward": preference}
+        found_here = [scores[name] for name in self.table.rewards], *(t[mine] for t in (old, ref, values, entropy))
+        each, *tensors = zip(*ranks.gather(found_here), strict=True)
+        return Scores([sum(parts, []) for parts in zip(*each, strict=True)], *map(torch.cat, tensors))
 
-    def _ask(self, batch: Batch) -> dict[str, list[float]]:
+    def _ask(self, batch: Batch, rows: list[int]) -> dict[str, list[float]]:
         """Scores of the rewards that read text, by name."""
+        if not self.sources:
+            return {}
         text_of = {tuple(ids): text for ids, text in zip(self.prompts, self.texts, strict=True)}
-        texts = [text_of[tuple(ids)] for ids in batch.prompts]
-        answers = [chat.decode(self.tokenizer, ids) for ids in batch.answers]
-        return {name: source(texts, answers, batch.answers) for name, source in self.sources.items()}
+        texts = [text_of[tuple(batch.prompts[row])] for row in rows]
+        ids = [batch.answers[row] for row in rows]
+        answers = [chat.decode(self.tokenizer, each) for each in ids]
+        return {name: source(texts, answers, ids) for name, source in self.sources.items()}
 
     def advantages(self, batch: Batch, scores: Scores) -> tuple[Targets, dict[str, float]]:
         """Normalise scores by the first rollout's, take off the KL, and estimate advantages."""
@@ -254,10 +261,10 @@ def train(ppo: PpoRun, tracker: Tracker, table: Ppo) -> None:
     """
     guard, at = ppo.guard, ppo.progress
     tracker.resume_at(at.iteration)
-    guard.rebuild(read_metrics(ppo.run))
+    guard.rebuild(ranks.lead(lambda: read_metrics(ppo.run)))
     if at.iteration == 0:
         ppo.save()  # so that there is always one to go back to
-    with progress() as bars, stop_on_request() as request, Watchdog(guard) as dog:
+    with progress() as bars, stop_on_request() as request, Watchdog(guard, ranks.rank()) as dog:
         task = bars.add_task("ppo", total=table.iterations, completed=at.iteration)
         sampling = bars.add_task("  rollout", total=table.rollouts)
         while ppo.progress.iteration < table.iterations:
@@ -269,30 +276,26 @@ def train(ppo: PpoRun, tracker: Tracker, table: Ppo) -> None:
             if guard.calm:
                 ppo.save()
             dog.beat(at.iteration)
+            request.asked = ranks.any_of(request.asked)
             request.obey(guard, at.iteration)
             if act == "stopped":
                 raise guard.fault()
             if act:
                 ppo.restore()
                 tracker.resume_at(ppo.progress.iteration)
-                guard.rebuild(read_metrics(ppo.run))
+                guard.rebuild(ranks.lead(lambda: read_metrics(ppo.run)))
             bars.update(task, completed=ppo.progress.iteration, description=f"ppo score {metrics['score/normalised']:+.2f}")
 
 
 def run(recipe: Recipe, this: Run) -> None:
     """Train the policy and write it, and the critic beside it."""
-    if recipe.launch.ranks > 1:
-        raise UserError("PPO runs on one process for now", where="launch.ranks", fix="set launch.ranks = 1 for this stage")
     with tracked(recipe, this) as tracker:
         ppo = PpoRun(recipe, this)
         train(ppo, tracker, recipe.ppo)
-        actor_critic = ppo.accelerator.unwrap_model(ppo.actor_critic)
         if recipe.ppo.advantage == "gae":
-            with whole_directory(this.path / "critic") as folder:
-                actor_critic.save_critic(folder)
-        with whole_directory(this.model_dir) as folder:
-            actor_critic.save_policy(folder)
-        rows = read_metrics(this)
+            ppo.actor_critic.save_critic(this.path / "critic")
+        ppo.actor_critic.save_policy(this.model_dir)
+        rows = ranks.lead(lambda: read_metrics(this))
         scores = [f"score/{name}" for name in recipe.ppo.rewards]
         keep = (*scores, "score/normalised", "kl/k3", "entropy", "answers/tokens", "answers/ended")
         this.finish(metrics={"first": {k: rows[0][k] for k in keep}, "last": {k: rows[-1][k] for k in keep}})

@@ -6,6 +6,7 @@ forward would add two small products to each of seven layers for every token. La
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from truthward import ranks, zero
 from truthward.branches import Forest, Item, plant
 from truthward.decoder import Decoder, plain_copy, supports
 from truthward.errors import UserError
@@ -83,6 +86,7 @@ class Sampler:
         self.actor_critic, self.tokenizer, self.precision = actor_critic, tokenizer, precision
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.model: Any = None
+        self._held = contextlib.ExitStack()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -93,6 +97,7 @@ class Sampler:
         """
         self.release()  # the old copy goes before the new one comes
         shell, weights = self.actor_critic.policy_shell(), self.actor_critic.policy_weights()
+        self._held.enter_context(zero.present(shell.parameters()))  # what the copy shares with the policy
         if supports(shell):
             self.model = Decoder.pack(shell, weights, self.precision)
         elif self.precision == "exact":
@@ -104,6 +109,7 @@ class Sampler:
     def release(self) -> None:
         """Give up the weights and their memory until the next refresh."""
         self.model = None
+        self._held.close()
 
     def sample(self, prompts: list[list[int]], seeds: list[int], tick: Callable[[int], None] = lambda n: None) -> Batch:
         """One answer for each prompt."""
@@ -129,6 +135,28 @@ def collate(prompts: list[list[int]], completions: list[Completion]) -> Batch:
     logprobs = torch.zeros(mask.shape)
     logprobs[mask] = torch.tensor([p for c in completions for p in c.logprobs])
     return Batch(prompts, [c.ids for c in completions], mask, logprobs, torch.tensor([c.finished for c in completions]))
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """The answers of several batches, one after the other."""
+    width = max(part.mask.shape[1] for part in parts)
+
+    def stacked(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([functional.pad(t, (0, width - t.shape[1])) for t in tensors])
+
+    return Batch(
+        [prompt for part in parts for prompt in part.prompts],
+        [answer for part in parts for answer in part.answers],
+        stacked([part.mask for part in parts]),
+        stacked([part.sampler_logprobs for part in parts]),
+        torch.cat([part.finished for part in parts]),
+    )
+
+
+def my_share(count: int) -> slice:
+    """Which of ``count`` rows, a multiple of the ranks, this rank takes: those that stand together."""
+    each = count // ranks.count()
+    return slice(ranks.rank() * each, (ranks.rank() + 1) * each)
 
 
 def prompt_order(prompts: int, iteration: int, count: int, seed: int) -> list[int]:

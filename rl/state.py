@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from truthward import ranks, shards
 from truthward.guard.storage import newest_whole
-from truthward.ledger import Run, whole_directory, write_json
+from truthward.ledger import Run, joint_directory, write_json
 
 
 @dataclass
@@ -29,34 +30,28 @@ class Progress:
     score_deviations: list[float] = field(default_factory=list)
 
 
-def save(run: Run, progress: Progress, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint, all or nothing, and drop those before the last two."""
+def save(run: Run, progress: Progress, trainable: dict[str, nn.Parameter], optimizer: Any) -> None:
+    """Write a checkpoint, all or nothing, and drop those before the last two. Called by every rank, each with its part."""
     folder = run.path / "checkpoints"
-    with whole_directory(folder / f"iteration-{progress.iteration:05d}") as target:
-        save_file({n: p.detach().contiguous() for n, p in trainable.items()}, target / "weights.safetensors")
-        moments = {}
-        for name, parameter in trainable.items():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                moments[f"{name}|{key}"] = torch.as_tensor(value).detach().clone()
-        save_file(moments, target / "optimizer.safetensors")
-        write_json(target / "progress.json", asdict(progress))
-    for old in sorted(folder.glob("iteration-*"))[:-2]:
-        shutil.rmtree(old)
+    target = folder / f"iteration-{progress.iteration:05d}"
+    with joint_directory(target) as scratch:
+        shards.write(scratch, trainable, optimizer)
+        if ranks.first():
+            write_json(scratch / "progress.json", asdict(progress))
+    if ranks.first():
+        for old in sorted(folder.glob("iteration-*"))[:-2]:
+            shutil.rmtree(old)
 
 
-def load(run: Run, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fresh: Progress) -> Progress:
+def load(run: Run, trainable: dict[str, nn.Parameter], optimizer: Any, fresh: Progress) -> Progress:
     """Restore the newest whole checkpoint into the parameters and the optimizer; the fresh start if there is none."""
-    found = sorted(p for p in (run.path / "checkpoints").glob("iteration-*") if (p / "progress.json").exists())
-    newest = newest_whole(found, run)
-    if newest is None:
+
+    def newest() -> Path | None:
+        found = sorted(p for p in (run.path / "checkpoints").glob("iteration-*") if (p / "progress.json").exists())
+        return newest_whole(found, run)
+
+    checkpoint = ranks.lead(newest)
+    if checkpoint is None:
         return fresh
-    weights, moments = load_file(newest / "weights.safetensors"), load_file(newest / "optimizer.safetensors")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(weights[name])
-            state = {k.split("|")[1]: v for k, v in moments.items() if k.split("|")[0] == name}
-            if state:
-                optimizer.state[parameter] = state
-            else:  # a first step makes it
-                optimizer.state.pop(parameter, None)
-    return Progress(**json.loads((newest / "progress.json").read_text()))
+    shards.read(checkpoint, trainable, optimizer)
+    return Progress(**json.loads((checkpoint / "progress.json").read_text()))

@@ -26,8 +26,9 @@ from rl.losses import (
     token_mean,
     value_loss,
 )
-from rl.rollout import Batch, draw_seed
+from rl.rollout import Batch, draw_seed, my_share
 from rl.state import Progress
+from truthward import ranks
 from truthward.branches import Forest, Item, plant
 from truthward.guard import check_start
 from truthward.guard.rules import NOT_FINITE
@@ -67,14 +68,14 @@ class Learner:
     """The optimizer's side of a PPO run.
 
     Args:
-        ppo: the run: its module and optimizer as prepared by its accelerator, its recipe and record.
+        ppo: the run: its module, its stepper, its recipe and record.
         ptx: demonstrations, each a prompt with its answer, for ``ptx_coef``.
     """
 
     def __init__(self, ppo: PpoRun, ptx: list[Item]) -> None:
-        self.actor_critic, self.optimizer, self.accelerator = ppo.actor_critic, ppo.optimizer, ppo.accelerator
+        self.actor_critic, self.stepper, self.device = ppo.actor_critic, ppo.stepper, ppo.device
         self.table, self.seed, self.run = ppo.table, ppo.recipe.seed, ppo.run
-        self.trainable, self.ptx, self.exact, self.guard = ppo.trainable, ptx, ppo.dtype == torch.float32, ppo.guard
+        self.ptx, self.exact, self.guard = ptx, ppo.dtype == torch.float32, ppo.guard
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, progress: Progress) -> dict[str, float]:
         """Passes of minibatches; stops early when the policy has moved ``target_kl`` from where it sampled.
@@ -97,25 +98,25 @@ class Learner:
     def minibatch(
         self, batch: Batch, scores: Scores, targets: Targets, rows: list[int], progress: Progress
     ) -> dict[str, float]:
-        """Leave the gradients of one optimizer step in the parameters; returns its metrics.
+        """Leave this rank's share of the gradients of one optimizer step in the parameters; returns the metrics of all.
 
         Args:
-            rows: which answers; in order, so that those to one prompt share its forward pass.
+            rows: which answers, over all ranks; in order, so that those to one prompt share its forward pass.
         """
         table, mask, metrics = self.table, targets.mask[rows], dict[str, float]()
         shares = token_mean(mask)
         weights = {"token": shares, "sequence": sequence_mean(mask), "dr_grpo": constant_mean(mask, table.max_new_tokens)}
-        for start in range(0, len(rows), table.micro_batch_size):
-            part = slice(start, start + table.micro_batch_size)
-            where, device = batch.mask[rows[part]], self.accelerator.device
+        mine = my_share(len(rows))
+        for start in range(mine.start, mine.stop, table.micro_batch_size):
+            part = slice(start, min(start + table.micro_batch_size, mine.stop))
+            where, device = batch.mask[rows[part]], self.device
             chosen = (w[part][where].to(device) for w in (weights[table.reduction], shares))
             piece = Piece(rows[part], batch.forest(rows[part]).to(device), *chosen)
             found = self._policy(batch, scores, targets, piece, progress)
             found |= self._critic(batch, scores, targets, piece) if table.advantage == "gae" else {}
-            for name, value in found.items():
-                both = max if name == "ratio/max" else float.__add__
-                metrics[name] = both(metrics.get(name, 0.0), value)
-        return metrics | (self._demonstrations(len(rows), progress.step) if self.ptx else {})
+            metrics = _together([metrics, found])
+        metrics |= self._demonstrations(len(rows), progress.step) if self.ptx else {}
+        return _together(ranks.gather(metrics))
 
     def _policy(self, batch: Batch, scores: Scores, targets: Targets, piece: Piece, progress: Progress) -> dict[str, float]:
         table = self.table
@@ -135,12 +136,12 @@ class Learner:
         if table.entropy_coef:
             losses = losses - table.entropy_coef * policy.entropy
         total = (piece.weights * losses).sum()
-        self.accelerator.backward(total)
+        self.stepper.backward(total)
         moved = token_ratio.detach()
         if progress.step == 0:
             off = (moved.exp() - 1).abs()  # the same answer stands beside other ones now, which bf16 rounds otherwise
             worst, rounding = (off.max(), 1e-3) if self.exact else (off.mean(), 0.05)
-            check_start("PPO's ratio", 1 + worst.item(), 1.0, rounding, self.run)
+            check_start("PPO's ratio", 1 + max(ranks.gather(worst.item())), 1.0, rounding, self.run)
         return {
             "loss/policy": total.item(),
             "clipped": (piece.shares * loss.clipped).sum().item(),
@@ -154,7 +155,7 @@ class Learner:
         old, returns = self._flat(batch, piece.rows, scores.values, targets.returns)
         loss = value_loss(self.actor_critic("value", piece.forest), old, returns, clip_range=self.table.value_clip_range)
         total = (piece.shares * loss.losses).sum()
-        self.accelerator.backward(self.table.value_coef * total)
+        self.stepper.backward(self.table.value_coef * total)
         return {"loss/value": total.item(), "value/clipped": (piece.shares * loss.clipped).sum().item()}
 
     def _demonstrations(self, count: int, step: int) -> dict[str, float]:
@@ -165,23 +166,21 @@ class Learner:
         generator = torch.Generator().manual_seed(draw_seed(self.seed, "ptx", step))
         drawn = [self.ptx[i] for i in torch.randint(len(self.ptx), (count,), generator=generator).tolist()]
         tokens, total = sum(len(item.answers[0]) for item in drawn), 0.0
-        for start in range(0, count, self.table.micro_batch_size):
-            part = drawn[start : start + self.table.micro_batch_size]
-            forest = plant(part).to(self.accelerator.device)
+        mine = my_share(count)
+        for start in range(mine.start, mine.stop, self.table.micro_batch_size):
+            part = drawn[start : min(start + self.table.micro_batch_size, mine.stop)]
+            forest = plant(part).to(self.device)
             nll = -self.actor_critic("policy", forest, temperature=1.0).logprobs.sum() / tokens
-            self.accelerator.backward(self.table.ptx_coef * nll)
+            self.stepper.backward(self.table.ptx_coef * nll)
             total += nll.item()
         return {"loss/ptx": total}
 
     def _step(self, progress: Progress) -> float:
-        """Step on what :meth:`minibatch` left, or drop it where it is not finite: clipping has spread the NaN by then."""
-        norm = float(self.accelerator.clip_grad_norm_(self.trainable.values(), self.table.max_grad_norm))
-        if math.isfinite(norm):
-            self.optimizer.step()
-        else:
+        """Step on what :meth:`minibatch` left; a step that is not finite is left out, and goes on record."""
+        norm = self.stepper.step()
+        if not math.isfinite(norm):
             evidence = {"metric": "grad_norm", "value": str(norm), "optimizer_step": progress.step}
             self.guard.record(NOT_FINITE, progress.iteration + 1, "skipped", **evidence)
-        self.optimizer.zero_grad()
         progress.step += 1
         return norm
 
@@ -192,13 +191,19 @@ class Learner:
         warm = table.warmup_ratio * total
         factor = (step + 1) / warm if step < warm else (total - step) / (total - warm)
         rates = (table.learning_rate, table.value_learning_rate or table.learning_rate)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+        for group, rate in zip(self.stepper.optimizer.param_groups, rates, strict=False):
             group["lr"] = rate * min(1.0, factor) * self.guard.rate
 
     def _flat(self, batch: Batch, rows: list[int], *values: Tensor) -> list[Tensor]:
         """``[B, C]`` tensors as the forest of these rows has its tokens ``[N]``, on its device."""
         mask = batch.mask[rows]
-        return [v[rows][mask].to(self.accelerator.device) for v in values]
+        return [v[rows][mask].to(self.device) for v in values]
+
+
+def _together(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Sums of metrics that are shares of a sum; of the largest ratio, the larger."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {n: (max if n == "ratio/max" else sum)([part[n] for part in parts if n in part]) for n in names}
 
 
 def _summary(steps: list[dict[str, float]], planned: int) -> dict[str, float]:

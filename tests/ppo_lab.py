@@ -74,7 +74,7 @@ def files(run: Run) -> dict[str, bytes]:
     last, home = max((run.path / "checkpoints").glob("iteration-*")), str(run.path.parent).encode()
     folders = [folder for folder in (last, run.model_dir, run.path / "critic") if folder.exists()]
     found = [p for folder in folders for p in folder.iterdir()]
-    assert {"weights.safetensors", "optimizer.safetensors", "progress.json"} < {p.name for p in found}
+    assert {"shard-00000-of-00001.safetensors", "progress.json"} < {p.name for p in found}
     return {str(p.relative_to(run.path)): p.read_bytes().replace(home, b"") for p in found}
 
 

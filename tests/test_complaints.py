@@ -1,7 +1,7 @@
 """What users of other PPO trainers complained of, one test each.
 
-In the order of the list that they were collected in. DeepSpeed's ZeRO-3 comes with several ranks: PPO runs on one process
-so far, and says so.
+In the order of the list that they were collected in. That ZeRO-3 saves policy and critic whole is in
+tests/test_ranks.py.
 """
 
 import json
@@ -15,7 +15,6 @@ from test_rewards import letters, llama, save
 from rl import actor_critic, state
 from rl.ppo import PpoRun
 from truthward import models
-from truthward.errors import UserError
 from truthward.tracking import read_metrics
 
 
@@ -111,12 +110,6 @@ def test_the_reward_model_may_have_another_tokenizer_and_template(lab, tmp_path)
     (row,) = read_metrics(made)
     assert abs(row[f"score/{folder}"]) > 1e-3
     assert made.manifest["data"].keys() >= {folder}
-
-
-def test_zero_3_and_several_ranks_are_refused_rather_than_saved_wrong(lab, tmp_path):
-    """ "ZeRO-3 saves nothing of use." One process for now; the run stops before any compute."""
-    with pytest.raises(UserError, match="one process for now"):
-        place(lab, tmp_path).run("ppo", "launch.ranks=2")
 
 
 def test_the_score_is_at_the_end_token_and_the_penalty_only_where_there_is_none(scored):

@@ -175,7 +175,7 @@ def test_a_checkpoint_of_ppo_cut_in_half_is_put_aside(lab, tmp_path, monkeypatch
         patch.setattr(PpoRun, "score", killing)
         with pytest.raises(Killed):
             copy.run("ppo")
-    file = plan(copy.recipe())["ppo"].path / "checkpoints" / "iteration-00002" / "weights.safetensors"
+    file = plan(copy.recipe())["ppo"].path / "checkpoints" / "iteration-00002" / "shard-00000-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     run = copy.run("ppo")
     assert found(run) == [("damaged checkpoint", 2, "put aside")]

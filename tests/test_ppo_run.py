@@ -106,7 +106,7 @@ def watched(lab, tmp_path, monkeypatch):
     method = Learner.minibatch
 
     def watching(self, batch, scores, targets, rows, progress):
-        seen.append((rows, [group["lr"] for group in self.optimizer.param_groups]))
+        seen.append((rows, [group["lr"] for group in self.stepper.optimizer.param_groups]))
         return method(self, batch, scores, targets, rows, progress)
 
     monkeypatch.setattr(Learner, "minibatch", watching)
@@ -165,7 +165,7 @@ def test_every_step_begins_without_gradients(lab, tmp_path, monkeypatch):
     method, left = Learner.minibatch, []
 
     def watching(self, *args):
-        left.extend(n for n, p in self.trainable.items() if p.grad is not None and p.grad.any())
+        left.extend(n for n, p in self.actor_critic.named_parameters() if p.grad is not None and p.grad.any())
         return method(self, *args)
 
     monkeypatch.setattr(Learner, "minibatch", watching)

@@ -11,6 +11,7 @@ from rich.errors import MarkupError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 
+from truthward import ranks
 from truthward.redaction import without_secrets
 
 ODD = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0\ufdd1]")
@@ -37,9 +38,9 @@ class Inert(Console):
             yield segment if segment.control else Segment(inert(segment.text.translate(BACK)), segment.style)
 
 
-console = Inert()
+console = Inert(quiet=not ranks.first())
 if not console.is_terminal:
-    console = Inert(width=140)  # a file has no width; tables fit on one line a row
+    console = Inert(width=140, quiet=not ranks.first())  # a file has no width; tables fit on one line a row
 
 
 def say(text: str) -> None:
@@ -67,7 +68,7 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=console.quiet or not console.is_terminal,
     )
 
 

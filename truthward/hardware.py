@@ -8,14 +8,22 @@ import time
 
 import torch
 
-from truthward import products
+from truthward import products, ranks
 from truthward.ledger import Run
 from truthward.tables import Model
 
 
 def use_threads(threads: int) -> None:
-    """Set torch's CPU threads; 0 takes all cores. More threads than cores make it many times slower."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    """Set torch's CPU threads; 0 takes this rank's share of all cores. More threads than cores make it many times slower."""
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // beside))
+
+
+def device() -> torch.device:
+    """This rank's own: a GPU of its host, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @functools.cache
@@ -58,7 +66,7 @@ def set_up(model: Model, run: Run) -> tuple[torch.dtype, str]:
     """
     use_threads(model.threads)
     if "dtype" not in run.manifest:
-        dtype, reason = choose_dtype(model.dtype)
+        dtype, reason = ranks.share(choose_dtype(model.dtype))
         run.record(dtype=str(dtype), dtype_reason=reason)
     name = run.manifest["dtype"].removeprefix("torch.")
     return getattr(torch, name), f"{name} ({run.manifest['dtype_reason']})"

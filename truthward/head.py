@@ -5,7 +5,7 @@ Shapes: N tokens, H hidden, V words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,12 @@ def head_logprobs(
 
     Beside them, if asked for, the entropies of the distributions over words ``[N]``, without gradients.
     """
-    logprobs, _, entropies = TokenLogprobs.apply(hidden_NH, head.weight, head.bias, target_N, temperature, entropy)
+
+    def forward(hidden: Tensor) -> Any:
+        return TokenLogprobs.apply(hidden, head.weight, head.bias, target_N, temperature, entropy)
+
+    with _computing(head, forward):  # called as a module, so that ZeRO-3 brings its weights
+        logprobs, _, entropies = head(hidden_NH)
     return logprobs, entropies
 
 
@@ -61,11 +66,21 @@ def scoring_head(model: Any, target_N: Tensor, keep_BT: Tensor | None = None) ->
         hidden_NH = hidden.flatten(0, -2) if keep_BT is None else hidden[keep_BT]
         return torch.stack(TokenLogprobs.apply(hidden_NH, head.weight, head.bias, target_N, 1.0, False)[:2])
 
-    head.forward = forward  # on the instance, over the class's own
+    with _computing(head, forward):
+        yield
+
+
+@contextmanager
+def _computing(head: Any, forward: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Within, a module's ``forward`` is another: on the instance, over the class's own, or over what DeepSpeed put there."""
+    before = vars(head).get("forward")
+    head.forward = forward
     try:
         yield
     finally:
         del head.forward
+        if before is not None:
+            head.forward = before
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from truthward import provenance
+from truthward import provenance, ranks
 from truthward.errors import UserError
 from truthward.fingerprint import by_content, code_of, digest, hash_code, hash_path
 from truthward.reading import parse_json, read_text
@@ -75,6 +75,38 @@ def whole_directory(path: Path) -> Iterator[Path]:
     except Exception:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def joint_directory(path: Path) -> Iterator[Path]:
+    """As :func:`whole_directory`, written into by all ranks: it becomes ``path`` when the block has ended well on each.
+
+    Raises:
+        OSError: another rank could not write its part; nothing is left of the others'.
+    """
+    scratch = path.with_name(f".{path.name}.writing")
+
+    def begin() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+
+    def end() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(scratch, path)
+
+    ranks.lead(begin)
+    trouble: Exception | None = None
+    try:
+        yield scratch
+    except Exception as error:
+        trouble = error
+    try:
+        ranks.agree(trouble)
+    except Exception:
+        if ranks.first():
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    ranks.lead(end)
 
 
 # -------------------------------------------------------------------------------------------------------------- plan
@@ -212,10 +244,14 @@ class Run:
         return complete(self.path.parent / name)
 
     def record(self, **values: Any) -> None:
-        """Add to the manifest and write it; while the run goes on, with the seconds that it has taken so far."""
+        """Add to the manifest and write it; while the run goes on, with the seconds that it has taken so far.
+
+        The first rank alone writes.
+        """
         self.manifest |= clean(values)
         self.manifest |= {"seconds": self._seconds()} if self.manifest.get("status") == "running" else {}
-        write_json(self.path / "manifest.json", self.manifest)
+        if ranks.first():
+            write_json(self.path / "manifest.json", self.manifest)
 
     def incident(self, kind: str, **details: Any) -> None:
         """Put on record that something went wrong or was set aside, with its evidence."""
@@ -229,7 +265,7 @@ class Run:
 
     def finish(self, **values: Any) -> None:
         """The last write of a stage: everything it made is on disk before ``complete`` is."""
-        closing = {"seconds": self._seconds(), "peak_memory_gb": _peak_memory_gb(), "finished": provenance.now()}
+        closing = {"seconds": self._seconds(), "peak_memory_gb": peak_memory_gb(), "finished": provenance.now()}
         self.record(**values, **closing, status="complete")
 
     def _seconds(self) -> float:
@@ -238,7 +274,7 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
-    """Enter the run directory of a planned stage, made or resumed; only one process at a time.
+    """Enter the run directory of a planned stage, made or resumed; only one process at a time, or all ranks of one launch.
 
     Args:
         recipe: the resolved recipe.
@@ -250,7 +286,13 @@ def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
     planned = plan(recipe)
     if name not in planned:
         raise UserError(f"the recipe has no stage {name}", where=recipe.name, fix=f"its stages: {', '.join(recipe.stages)}")
-    this = planned[name]
+    with contextlib.ExitStack() as held:
+        manifest = ranks.lead(lambda: held.enter_context(_entered(recipe, planned[name])).manifest)
+        yield Run(planned[name].path, manifest)
+
+
+@contextlib.contextmanager
+def _entered(recipe: Recipe, this: Planned) -> Iterator[Run]:
     for parent in this.parents.values():
         complete(this.path.parent / parent)
     this.path.mkdir(parents=True, exist_ok=True)
@@ -333,7 +375,8 @@ def _unrecorded(path: Path) -> float:
     return 0.0 if manifest is None else max(times.values()) - manifest
 
 
-def _peak_memory_gb() -> float:
+def peak_memory_gb() -> float:
+    """The most that this process has held so far."""
     import resource
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from truthward import chat, products
+from truthward import chat, products, ranks, zero
 from truthward.branches import attend_by_tree
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory, write_json
@@ -256,11 +256,27 @@ def lora_config(rank: int, alpha: int, task: str = "CAUSAL_LM") -> Any:
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task)
 
 
-def save(run: Run, model: Any) -> None:
-    """Write a trained model's adapter or full weights as safetensors, all or nothing."""
-    with whole_directory(run.model_dir) as folder:
-        model.save_pretrained(folder)
-        leave_home_out(folder)
+def save(run: Run, model: Any, head: torch.Tensor | None = None) -> None:
+    """Write a trained model into its run directory, as :func:`save_to` does."""
+    save_to(run.model_dir, model, head)
+
+
+def save_to(folder: Path, model: Any, head: torch.Tensor | None = None) -> None:
+    """Write a trained model's adapter or full weights as safetensors, all or nothing; called by every rank.
+
+    Args:
+        head: a scalar head's weight, to stand beside.
+    """
+    state = zero.gathered(model)
+
+    def write() -> None:
+        with whole_directory(folder) as scratch:
+            model.save_pretrained(scratch, **({} if state is None else {"state_dict": state}))
+            leave_home_out(scratch)
+            if head is not None:
+                save_head(scratch, weight=head)
+
+    ranks.lead(write)
 
 
 def leave_home_out(folder: Path) -> None:

@@ -9,15 +9,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from truthward import ranks
 from truthward.console import inert, plain, say
 from truthward.errors import GateFailed, Interrupted, TrainingFault, UserError
 from truthward.fingerprint import digest
 from truthward.guard.storage import refusal
-from truthward.ledger import Run, is_done, open_run, plan
+from truthward.ledger import TRAINED, Run, is_done, open_run, plan
 from truthward.reasons import require_reasons
 from truthward.recipe import load_recipe
 from truthward.redaction import without_secrets
-from truthward.tables import Recipe
+from truthward.tables import Launch, Recipe
 
 Work = Callable[[Recipe, Run], None]
 CHECKED = "TRUTHWARD_CHECKED"  # environment variable: digest of a plan that was checked on the way here
@@ -42,12 +43,15 @@ def guarded(work: Callable[[], None]) -> int:
     try:
         work()
     except (UserError, GateFailed, TrainingFault, Interrupted) as error:
-        print(f"error: {inert(without_secrets(str(error)))}", file=sys.stderr)
+        if not getattr(error, "told", False):  # by the first rank, for all
+            print(f"error: {inert(without_secrets(str(error)))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
+        if getattr(error, "told", False):
+            return 2
         refused = refusal(error)
         if not refused:
             raise
@@ -86,16 +90,17 @@ def plan_digest(recipe: Recipe) -> str:
 
 
 def check_first(options: argparse.Namespace, recipe: Recipe) -> None:
-    """The check before launch, unless it was made on the way here for this very plan; on the first rank alone.
+    """The check before launch, unless it was made on the way here for this very plan.
 
     It runs in a process of its own: it can stop a stage, but nothing that it imports, draws or holds in memory can reach the
     result. So its rules are no part of the stage's code, and may change without a new fingerprint.
     """
     plan_now = plan_digest(recipe)
-    if int(os.environ.get("RANK", "0")) or os.environ.get(CHECKED) == plan_now:
+    if os.environ.get(CHECKED) == plan_now:
         return
     words = [sys.executable, "-m", "truthward", "check", *given(options), "--brief"]
-    code = subprocess.run(words, check=False).returncode
+    alone = {k: v for k, v in os.environ.items() if k not in ranks.ALONE}
+    code = subprocess.run(words, check=False, env=alone).returncode
     if code:
         sys.exit(code)
     os.environ[CHECKED] = plan_now
@@ -131,13 +136,15 @@ def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None 
         if expand and options.only and options.only not in planned:
             named = [n for n, this in planned.items() if this.stage == name]
             raise UserError(f"there is no run {options.only}", where="--only", fix=f"they are {', '.join(named)}")
+        ranks.join(recipe.launch if name in TRAINED else Launch(), recipe.guard.hang_seconds)
         if name not in planned or not is_done(planned[name].path):
-            check_first(options, recipe)
+            ranks.lead(lambda: check_first(options, recipe))
         if name != "base":
-            _fetch_base(recipe)
+            ranks.lead(lambda: _fetch_base(recipe))
         names = [name] if expand is None else [n for n in expand(recipe) if options.only in (None, n)]
         for each in names:
             _gated(recipe, each, work, again, getattr(options, "override", ""))
+        ranks.leave()
 
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     sys.path[:0] = [] if str(Path.cwd()) in sys.path else [str(Path.cwd())]

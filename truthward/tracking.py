@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from truthward import ranks
 from truthward.console import plain, say
 from truthward.errors import UserError
 from truthward.ledger import Run, write_text
@@ -32,7 +33,7 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writes a step's metrics to the run's ``metrics.jsonl`` and to wandb."""
+    """Writes a step's metrics to the run's ``metrics.jsonl`` and to wandb; on ranks other than the first, nothing."""
 
     def __init__(self, run: Run, wandb_run: Any) -> None:
         self.run, self.wandb = run, wandb_run
@@ -41,10 +42,13 @@ class Tracker:
     def resume_at(self, step: int) -> None:
         """Forget metrics of steps that the checkpoint does not hold; they will be made again."""
         kept = [row for row in read_metrics(self.run) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        if ranks.first():
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Add one row; a number that is not finite is kept as null."""
+        if not ranks.first():
+            return
         row = clean({"step": step, **{k: _finite(v) for k, v in metrics.items()}})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -62,7 +66,7 @@ def tracked(recipe: Recipe, run: Run) -> Iterator[Tracker]:
     """
     tracker = Tracker(run, None)
     with _spared("start"):
-        tracker.wandb = _wandb(recipe, run)
+        tracker.wandb = _wandb(recipe, run) if ranks.first() else None
     try:
         yield tracker
     finally:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from truthward import chat, tables
+from truthward import chat, ranks, tables, zero
 from truthward.branches import Forest, Item, plant
 from truthward.console import progress
 from truthward.errors import UserError
@@ -34,6 +34,7 @@ datasets.disable_progress_bars()
 def trainer_arguments(table: Training, launch: Launch, run: Run, seed: int) -> dict[str, Any]:
     """Keyword arguments for TRL's config classes. Batch words: rows a step = micro batch * ranks * accumulation."""
     micro = min(table.micro_batch_size, table.batch_size)
+    dtype = getattr(torch, run.manifest["dtype"].removeprefix("torch."))
     return {
         "output_dir": str(run.path / "checkpoints"),
         "per_device_train_batch_size": micro,
@@ -50,13 +51,15 @@ def trainer_arguments(table: Training, launch: Launch, run: Run, seed: int) -> d
         "save_strategy": "steps",
         "save_steps": table.checkpoint_every,
         "save_total_limit": 2,
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,  # the weights already have the measured compute type; adapters stay fp32
+        "use_cpu": not torch.cuda.is_available() and not launch.zero,  # with it, DeepSpeed would be left out without a word
+        "bf16": bool(launch.zero) and dtype == torch.bfloat16,  # else weights have the measured type, adapters fp32
         "gradient_checkpointing": False,
         "dataloader_drop_last": True,  # a smaller last micro-batch would count for more; other rows are left out each pass
         "disable_tqdm": True,
         "report_to": [],
-        "deepspeed": launch.deepspeed,
+        "deepspeed": zero.configuration(launch, dtype),
+        "accelerator_config": zero.enter(launch),
+        "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
 
@@ -88,20 +91,23 @@ def fit(trainer: Any, tracker: Tracker, description: str, table: tables.Guard) -
             trainer.remove_callback(held)
     quicken(trainer.model)  # the adapters that the trainer added
     trainer.create_model_card = lambda *args, **kwargs: None  # the record is ours, at export
+    if trainer.is_deepspeed_enabled:
+        zero.keep_own_checkpoints(trainer)
     guard = Guard(table, tracker.run, TRAINER)
     with stop_on_request() as request, Watchdog(guard, trainer.args.process_index) as dog:
         guarding = Guarding(trainer, guard, request, dog)
         trainer.add_callback(guarding)
         trainer.add_callback(_Report(tracker, description))
         while True:
-            checkpoint = newest_whole(_checkpoints(Path(trainer.args.output_dir)), tracker.run)
+            checkpoint = ranks.lead(lambda: newest_whole(_checkpoints(Path(trainer.args.output_dir)), tracker.run))
             tracker.resume_at(_step(checkpoint) if checkpoint else 0)
-            guard.rebuild(read_metrics(tracker.run))
+            guard.rebuild(ranks.lead(lambda: read_metrics(tracker.run)))
             try:
                 with refused_pickles(str(checkpoint)):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except Exception:
-                _drop_unfinished(Path(trainer.args.output_dir))  # on a full disk they hold the room that is needed
+                if ranks.first():
+                    _drop_unfinished(Path(trainer.args.output_dir))  # on a full disk they hold the room that is needed
                 raise
             request.obey(guard, trainer.state.global_step)
             if guarding.act == "stopped":

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from truthward.ledger import Run
+from truthward.shards import missing
 
 REFUSALS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -41,7 +42,7 @@ def damage(checkpoint: Path) -> str:
     for file in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         if not _whole(file):
             return f"{file.relative_to(checkpoint)} is cut off or damaged ({file.stat().st_size} bytes)"
-    return ""
+    return missing(checkpoint)
 
 
 def _whole(file: Path) -> bool:

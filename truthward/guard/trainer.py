@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from truthward import ranks
 from truthward.guard.interruptions import Request, Watchdog
 from truthward.guard.ranks import check_ranks
 from truthward.guard.rules import Action
@@ -43,7 +44,7 @@ class Guarding(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.act, self.rate = None, self.guard.rate
         first = Path(args.output_dir) / "checkpoint-0" / "trainer_state.json"
-        if state.global_step == 0 and not first.exists():  # so that there always is a checkpoint to go back to
+        if state.global_step == 0 and not ranks.lead(first.exists):  # so that there always is a checkpoint to go back to
             self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -69,6 +70,7 @@ class Guarding(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.dog.beat(state.global_step)
+        self.request.asked = ranks.any_of(self.request.asked)
         if self.request.asked:
             control.should_save = control.should_training_stop = True
 

@@ -1,0 +1,150 @@
+"""DeepSpeed as a recipe's ``[launch]`` asks for it: what Rajbhandari et al. 2020 (arXiv 1910.02054) call ZeRO."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truthward import ranks, shards
+from truthward.tables import Launch
+
+BUCKET = 50_000_000  # elements that are reduced or gathered together
+
+
+def configuration(launch: Launch, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Settings of DeepSpeed, or None where a recipe does without it.
+
+    Batch sizes, accumulation and clipping are "auto": whoever trains fills them in. bf16 weights are trained with fp32
+    master copies, which DeepSpeed keeps.
+    """
+    if not launch.zero:
+        return None
+    on_host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    zero: dict[str, Any] = {
+        "stage": launch.zero,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    if launch.offload != "none":
+        zero["offload_optimizer"] = on_host
+    if launch.offload == "all":
+        zero["offload_param"] = on_host
+    made = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, which needs no compiler
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    further = json.loads(Path(launch.deepspeed).read_text(encoding="utf-8")) if launch.deepspeed else {}
+    return _over(made, further)
+
+
+def _over(settings: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
+    """Settings with others put over them, table by table."""
+    merged = dict(settings)
+    for key, value in further.items():
+        both = isinstance(value, dict) and isinstance(settings.get(key), dict)
+        merged[key] = _over(settings[key], value) if both else value
+    return merged
+
+
+def enter(launch: Launch) -> dict[str, bool]:
+    """Tell accelerate whether it works for DeepSpeed, and that a CPU's ranks are ranks; before any of its objects is made.
+
+    Without a GPU it takes each process under DeepSpeed for the only one, and would give all of them the same rows; told that
+    it runs on a CPU, it would leave DeepSpeed out without a word.
+
+    Returns:
+        ``accelerator_config`` for a trainer's arguments.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    if not launch.zero:
+        return {}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    state = PartialState(**({} if torch.cuda.is_available() else {"backend": "gloo"}))
+    assert state.num_processes == ranks.count(), "accelerate counts other ranks than there are"
+    return {"use_configured_state": True}
+
+
+@contextlib.contextmanager
+def present(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Within, these parameters are whole on every rank, wherever ZeRO-3 keeps them. Entered by every rank."""
+    absent = [p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE"]
+    if not absent:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(absent):
+        yield
+
+
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A copy of all of a parameter, on the CPU of every rank. Called by every rank."""
+    with present([parameter]):
+        return parameter.detach().cpu().clone()
+
+
+def gathered(model: Any) -> dict[str, torch.Tensor] | None:
+    """The trained weights, whole, on the first rank's CPU, where ZeRO-3 shares them out; else None. Called by every rank."""
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        return None
+    state: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}  # tied weights stay tied
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            if id(parameter) not in seen:
+                full = whole(parameter)
+                seen[id(parameter)] = full if ranks.first() else full[:0]
+            state[name] = seen[id(parameter)]
+    return state
+
+
+def keep_own_checkpoints(trainer: Any) -> None:
+    """Let a trainer of transformers under DeepSpeed write and read :mod:`truthward.shards`.
+
+    DeepSpeed's own checkpoints are pickles, and those of one number of ranks are of no use to another. What the trainer
+    writes beside them (its scheduler, its state) stays as it is.
+    """
+    import transformers.trainer
+
+    def trained() -> dict[str, Any]:
+        return {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+    def write(folder: str) -> None:
+        trouble: Exception | None = None
+        try:
+            shards.write(Path(folder), trained(), trainer.model_wrapped.optimizer)
+            if ranks.first():
+                torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / "scheduler.pt")
+        except Exception as error:
+            trouble = error
+        ranks.agree(trouble)  # the trainer's state, by which a checkpoint is known, comes after all parts
+
+    read_rest = trainer._load_optimizer_and_scheduler
+
+    def read(checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            shards.read(Path(checkpoint), trained(), trainer.model_wrapped.optimizer)
+        read_rest(checkpoint)
+
+    trainer.save_model = lambda *args, **kwargs: None  # the parts hold the weights; the stage saves the model at its end
+    trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler = write, read
+    transformers.trainer.deepspeed_load_checkpoint = lambda *args, **kwargs: None
