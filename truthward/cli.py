@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from truthward import launch, stage
-from truthward.console import console, plain, say
+from truthward.console import console, plain, say, tell
 from truthward.errors import GateFailed, UserError
 from truthward.ledger import Run, is_done, plan
 from truthward.recipe import load_recipe
@@ -31,6 +31,11 @@ def main() -> None:
             sub.add_argument("--brief", action="store_true", help="what was found alone, as a run starts with it")
         if name == "run":
             sub.add_argument("--override", default="", metavar="REASON", help="go on where a gate says stop; on record")
+    lines = commands.add_parser(
+        "launch", help="print the commands of every stage for a cluster", parents=[stage.arguments("", add_help=False)]
+    )
+    lines.add_argument("--print", dest="kind", choices=["torchrun", "deepspeed", "slurm"], default="torchrun")
+    lines.set_defaults(work=_launch)
     talk = commands.add_parser("chat", help="talk to the model of any stage")
     talk.add_argument("run", help="run directory, e.g. runs/laptop/ppo-…")
     talk.add_argument("--temperature", type=float, default=0.0)
@@ -135,6 +140,12 @@ def _stage(recipe: Recipe, module: str, name: str, options: argparse.Namespace) 
         error = UserError(f"stage {name} ended with exit code {code}", fix="see its message above; the same command goes on")
         error.exit_code = code if code > 0 else 1
         raise error
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from truthward.clusters import printed
+
+    tell(printed(_load(options), stage.given(options), options.kind).rstrip("\n"))
 
 
 def _blocked(path: Path) -> bool:

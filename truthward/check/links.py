@@ -96,7 +96,10 @@ def price(facts: Facts, link: Link) -> str:
 
 
 def _brief(seconds: float) -> str:
-    return f"{1e3 * seconds:.2g} ms" if seconds < 0.1 else f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    """Two digits, in the unit that fits."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.{0 if seconds >= 0.01 else 2}f} ms"
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def judge_links(links: list[Link], hosts: list[str], cost: Callable[[Link], str] = lambda link: "") -> Found:
@@ -122,12 +125,12 @@ def judge_links(links: list[Link], hosts: list[str], cost: Callable[[Link], str]
     if good > SLOW * slowest.bandwidth or slowest.bandwidth < GIGABIT:
         yield from slow(slowest, told, "see the cable, the switch, and that the network interface is the right one")
     if latest.latency > min(LATE, max(SLOW * waits, 1e-3)):
-        late = f"a message takes {latest.latency * 1e3:.2g} ms, on a good link here {waits * 1e3:.2g}"
+        late = f"a message takes {_brief(latest.latency)}, on a good link here {_brief(waits)}"
         yield from slow(latest, late, "put the hosts into one room, and see that the network interface is the right one")
     if lossiest.bandwidth > LOSSY * lossiest.usual and lossiest.usual < GIGABIT:
         lost = f"{lossiest.usual / 1e9:.2g} GB/s as a rule, {lossiest.bandwidth / 1e9:.2g} at best"
         yield from slow(lossiest, lost, "messages are lost and sent again, or others use it: see cable and port")
-    text = f"{len(links)} links; slowest between {_named(slowest, hosts)}: {told}; latency {waits * 1e3:.2g} ms"
+    text = f"{len(links)} links; slowest between {_named(slowest, hosts)}: {told}; a message takes {_brief(waits)}"
     yield note("links", "launch.ranks", text)
 
 

@@ -230,6 +230,8 @@ def main() -> None:
         elif dist.get_rank() == 0:
             print("\n".join(f"{f.level}: {f}" for f in found))
         dist.destroy_process_group()
+        if any(f.level == "error" for f in found):
+            sys.exit(UserError.exit_code)
 
     sys.exit(guarded(work))
 
