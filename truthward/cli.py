@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from truthward import stage
-from truthward.console import console, plain, say
+from truthward import launch, stage
+from truthward.console import console, plain, say, tell
 from truthward.errors import GateFailed, UserError
-from truthward.ledger import CODE, Run, is_done, plan
+from truthward.ledger import Run, is_done, plan
 from truthward.recipe import load_recipe
 from truthward.record.commands import register as commands_of_the_record
 from truthward.tables import Recipe
@@ -34,6 +33,11 @@ def main() -> None:
         if name == "run":
             sub.add_argument("--override", default="", metavar="REASON", help="go on where a gate says stop; on record")
     _plan(commands)
+    lines = commands.add_parser(
+        "launch", help="print the commands of every stage for a cluster", parents=[stage.arguments("", add_help=False)]
+    )
+    lines.add_argument("--print", dest="kind", choices=["torchrun", "deepspeed", "slurm"], default="torchrun")
+    lines.set_defaults(work=_launch)
     talk = commands.add_parser("chat", help="talk to the model of any stage")
     talk.add_argument("run", help="run directory, e.g. runs/laptop/ppo-…")
     talk.add_argument("--temperature", type=float, default=0.0)
@@ -115,28 +119,42 @@ def _check(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     """Each stage in a process of its own, so that its memory is given back and a crash cannot reach the next."""
     recipe = _load(options)
+    launch.lead_or_follow(recipe, lambda hosts: _lead(options, recipe, hosts), lambda hosts: _follow(options, recipe, hosts))
+
+
+def _lead(options: argparse.Namespace, recipe: Recipe, hosts: launch.Hosts) -> None:
+    """Run every stage that is not done; the other hosts are told of those that run on all."""
+    hosts.tell(launch.CHECK)
     stage.check_first(options, recipe)
-    arguments = stage.given(options)
     try:
         for name, planned in plan(recipe).items():
             if is_done(planned.path) and not _blocked(planned.path):
                 say(f"[bold]{name}[/] up to date  [dim]{plain(planned.path)}[/]")
-            else:
-                _stage(recipe, planned.stage, name, arguments, options.override)
-                if name == "base":
-                    say("the base is on disk: template, masks and lengths are checked by its tokenizer")
-                    os.environ.pop(stage.CHECKED, None)
-                    stage.check_first(options, recipe)
+                continue
+            if launch.on_many(recipe, planned.stage):
+                hosts.tell(name)
+            _stage(recipe, planned.stage, name, options)
+            if name == "base":
+                say("the base is on disk: template, masks and lengths are checked by its tokenizer")
+                os.environ.pop(stage.CHECKED, None)
+                os.environ.pop(launch.MET, None)  # the links are known
+                stage.check_first(options, recipe)
     finally:
         _report(options)
 
 
-def _stage(recipe: Recipe, module: str, name: str, arguments: list[str], override: str) -> None:
-    starter = [sys.executable, "-m"]
-    if recipe.launch.ranks > 1 and module in ("sft", "distill", "reward", "dpo"):
-        starter = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={recipe.launch.ranks}", "-m"]
-    only = ["--only", name, "--override", override] if module == "evals" else []
-    code = _wait([*starter, CODE.get(module, module), *arguments, *only])
+def _follow(options: argparse.Namespace, recipe: Recipe, hosts: launch.Hosts) -> None:
+    """This host's part of what the first host starts."""
+    for name in hosts.told():
+        if name == launch.CHECK:
+            stage.check_first(options, recipe)
+        else:
+            _stage(recipe, name, name, options)
+
+
+def _stage(recipe: Recipe, module: str, name: str, options: argparse.Namespace) -> None:
+    only = ["--only", name, "--override", options.override] if module == "evals" else []
+    code = launch.start(recipe, module, [*stage.given(options), *only])
     if code == GateFailed.exit_code:
         raise GateFailed(f"stopped after {name}: the model became worse than its parent (see above and the report)")
     if code:
@@ -145,17 +163,10 @@ def _stage(recipe: Recipe, module: str, name: str, arguments: list[str], overrid
         raise error
 
 
-def _wait(words: list[str]) -> int:
-    """Run a command to its end. A SIGTERM is passed on to it: it ends behind a checkpoint, and this process after it."""
-    with subprocess.Popen(words) as process:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
-        try:
-            return process.wait()
-        except BaseException:  # as subprocess.run does
-            process.kill()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
+def _launch(options: argparse.Namespace) -> None:
+    from truthward.clusters import printed
+
+    tell(printed(_load(options), stage.given(options), options.kind).rstrip("\n"))
 
 
 def _blocked(path: Path) -> bool:

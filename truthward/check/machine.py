@@ -232,12 +232,19 @@ def time_needed(facts: Facts) -> Found:
     machine = Machine.here()
     if elsewhere(facts, machine) or facts.toy or not facts.shape.parameters:
         return
-    speed = speeds_here()["bfloat16" if chosen_width(facts) == 2 else "float32"] * 1e9 * SHARE * max(1, machine.gpus)
-    seconds = {stage: flops(facts, stage) / speed for stage, _ in facts.uses(*TRAINED) if not facts.run(stage).done}
+    rate = speed(facts)
+    seconds = {stage: flops(facts, stage) / rate for stage, _ in facts.uses(*TRAINED) if not facts.run(stage).done}
     if known := {stage: s for stage, s in seconds.items() if s}:
         parts = ", ".join(f"{stage} {_spoken(s)}" for stage, s in known.items())
         text = f"training takes about {_spoken(sum(known.values()))} here ({parts}), writing rows and evals apart"
         yield note("time-needed", "stages", text)
+
+
+def speed(facts: Facts) -> float:
+    """Operations a second at which the whole launch trains: of its GPUs, or of all cores of its hosts."""
+    launch, gpus = facts.recipe.launch, Machine.here().gpus
+    each = speeds_here()["bfloat16" if chosen_width(facts) == 2 else "float32"] * 1e9 * SHARE
+    return each * (min(gpus, launch.ranks) if gpus else 1) * launch.hosts
 
 
 def flops(facts: Facts, stage: str) -> float:

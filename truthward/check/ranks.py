@@ -1,7 +1,8 @@
 """Whether all ranks are about to run the same thing, and how fast the links between them are.
 
 ``python -m torch.distributed.run --nproc-per-node=N -m truthward.check.ranks RECIPE``; across hosts, by the same words as
-the run itself. ``truthward check`` and ``truthward run`` start it where ``launch.ranks`` is over 1.
+the run itself (``truthward launch RECIPE`` prints them). ``truthward check`` and ``truthward run`` start it where there is
+more than one rank.
 """
 
 from __future__ import annotations
@@ -15,52 +16,51 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from truthward import provenance
+from truthward import launch, provenance
 from truthward.check.facts import Facts
-from truthward.check.findings import Finding, Found, error, note, rule, warning
+from truthward.check.findings import Finding, Found, error, rule
+from truthward.check.links import Link, judge_links, price
 from truthward.check.machine import Machine, elsewhere
 from truthward.errors import UserError
 from truthward.fingerprint import digest, hash_code
-from truthward.ledger import CODE, plan
+from truthward.ledger import CODE, plan, write_text
 from truthward.recipe import load_recipe
 from truthward.stage import arguments, guarded
 from truthward.tables import Recipe
 
-SMALL, LARGE = 8, 4 << 20  # bytes of a message that measures the latency, and the bandwidth
+SMALL, LARGE = 8, (1 << 16, 1 << 19, 1 << 22)  # bytes of a message that measures the latency, and the bandwidth
+ENOUGH = 0.1  # seconds from which a message is large enough to tell a link's bandwidth
 TIMES = 15
+AT_MOST = 90  # seconds that all links together may take, twice
 MANY = 16  # ranks over which only neighbours in the ring are measured
-SLOW = 4  # times slower than a good link of the same run
-GIGABIT = 125e6  # bytes a second
-PATIENCE = 300
-OUT = "TRUTHWARD_RANKS_OUT"  # file to which rank 0 writes what was found
-
-
-class Link(NamedTuple):
-    """Two ranks, half a round trip of a small message in seconds, and bytes a second of a large one."""
-
-    a: int
-    b: int
-    latency: float
-    bandwidth: float
+PATIENCE = 300  # seconds that ranks wait for each other
+OUT = "TRUTHWARD_RANKS_OUT"  # file to which the first rank of each host writes what was found
+FIX = "see whether a firewall, a wrong host name or network interface parts them (docs/launch.md)"
+WHY = "the run would hang at its first step"
 
 
 @rule("ranks-differ", "link-slow", "links", "ranks-silent")
 def ranks(facts: Facts) -> Found:
-    """Start as many processes as the run will have and let them compare notes."""
-    count, machine = facts.recipe.launch.ranks, Machine.here()
-    if count == 1 or elsewhere(facts, machine) or not facts.planned or count > max(machine.gpus or machine.cores, 2):
+    """Start as many processes as the run will have and let them compare notes; on all hosts, where these have met."""
+    recipe, machine = facts.recipe, Machine.here()
+    if launch.MET not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # the others are not about to do the same
+        recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"hosts": 1})})
+    count, most = recipe.launch.ranks, max(machine.gpus or machine.cores, 2)
+    if recipe.launch.world == 1 or elsewhere(facts, machine) or not facts.planned or count > most:
         return  # what is not here, or too many for it, is found elsewhere
     with tempfile.TemporaryDirectory() as scratch:
-        recipe, out = Path(scratch) / "recipe.json", Path(scratch) / "found.json"
-        recipe.write_text(facts.recipe.model_dump_json(), encoding="utf-8")
-        words = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "-m", "truthward.check.ranks", str(recipe)]
+        path, out = Path(scratch) / "recipe.json", Path(scratch) / "found.json"
+        path.write_text(facts.recipe.model_dump_json(), encoding="utf-8")
         try:
             done = subprocess.run(
-                [sys.executable, *words],
+                launch.command(recipe, launch.CHECK, [str(path)]),
                 env={**os.environ, OUT: str(out), "OMP_NUM_THREADS": "1"},
                 capture_output=True,
                 text=True,
@@ -70,11 +70,8 @@ def ranks(facts: Facts) -> Found:
         except subprocess.TimeoutExpired:
             said = f"no answer in {PATIENCE} s"
         if not out.exists():
-            text = f"{count} processes could not reach each other: {said[:200]}"
-            why = "the run would hang at its first step"
-            yield error(
-                "ranks-silent", "launch.ranks", text, why=why, fix="see whether a firewall or a wrong host name parts them"
-            )
+            text = f"{recipe.launch.world} processes could not reach each other: {said[:200]}"
+            yield error("ranks-silent", "launch.ranks", text, why=WHY, fix=FIX)
             return
         yield from (Finding(**found) for found in json.loads(out.read_text(encoding="utf-8")))
 
@@ -108,38 +105,15 @@ def differences(identities: list[dict[str, str]], hosts: list[str]) -> Found:
             )
 
 
-def judge_links(links: list[Link], hosts: list[str]) -> Found:
-    """The slowest link by name, and whether it lags behind the others."""
-    if not links:
-        return
-    slowest, latest = min(links, key=lambda link: link.bandwidth), max(links, key=lambda link: link.latency)
-    usual = sorted((link.bandwidth for link in links), reverse=True)[len(links) // 4]  # one slow rank of four slows half
-    waits = sorted(link.latency for link in links)[len(links) // 4]
-
-    def named(link: Link) -> str:
-        return f"ranks {link.a} ({hosts[link.a]}) and {link.b} ({hosts[link.b]})"
-
-    why = "every step waits for the slowest link"
-    told = f"{slowest.bandwidth / 1e9:.2f} GB/s, a good link here {usual / 1e9:.2f}"
-    if usual > SLOW * slowest.bandwidth or slowest.bandwidth < GIGABIT:
-        text = f"between {named(slowest)}: {told}"
-        yield warning(
-            "link-slow", "launch.ranks", text, why=why, fix="see the cable, the switch or the network interface used"
-        )
-    if latest.latency > max(SLOW * waits, 1e-3):
-        text = f"between {named(latest)}: {latest.latency * 1e6:.0f} µs, a good link here {waits * 1e6:.0f}"
-        yield warning(
-            "link-slow", "launch.ranks", text, why=why, fix="see the cable, the switch or the network interface used"
-        )
-    text = f"{len(links)} links; slowest between {named(slowest)}: {told}; latency {waits * 1e6:.0f} µs"
-    yield note("links", "launch.ranks", text)
-
-
 # ------------------------------------------------------------------------------------------------------ on every rank
 
 
-def measure(device: Any) -> list[Link]:
-    """Latency and bandwidth pair by pair, while the others wait; the process group must be there. The same list on all."""
+def measure(device: Any, hosts: list[str]) -> list[Link]:
+    """Latency and bandwidth pair by pair, while the others wait; the process group must be there. The same list on all.
+
+    Raises:
+        UserError: a message did not arrive in time; names the two.
+    """
     import torch.distributed as dist
 
     me, count = dist.get_rank(), dist.get_world_size()
@@ -148,35 +122,75 @@ def measure(device: Any) -> list[Link]:
         pairs = [(rank, (rank + 1) % count) for rank in range(count)]
     links = []
     for a, b in pairs:
-        dist.barrier()
-        if me in (a, b):
-            latency = _round_trips(b if me == a else a, me == a, SMALL, device)
-            each = _round_trips(b if me == a else a, me == a, LARGE, device)
+        try:
+            dist.barrier()
             if me == a:
-                links.append(Link(a, b, latency, LARGE / each))
+                links.append(_time(a, b, device, AT_MOST / len(pairs)))
+            elif me == b:
+                _answer(a, device)
+        except RuntimeError as fault:
+            lines = str(fault).splitlines()
+            what = f"a message between ranks {a} ({hosts[a]}) and {b} ({hosts[b]}) did not arrive: {lines[0][:200]}"
+            raise UserError(what, where="launch.ranks", fix=FIX) from fault
     found: list[Any] = [None] * count
     dist.all_gather_object(found, links)
     return [Link(*link) for some in found for link in some]
 
 
-def _round_trips(other: int, first: bool, size: int, device: Any) -> float:
-    """Seconds of half a round trip, the fastest of several: what else the machine does is no fault of the link."""
+def _time(a: int, b: int, device: Any, seconds: float) -> Link:
+    """Send messages to and fro; larger ones until they take long enough, and so many as fit into the time."""
+    small = _trips(b, SMALL, device, seconds)
+    latency, size = min(small), LARGE[0]
+    for size in LARGE:
+        if _trip(b, size, device) > ENOUGH:
+            break
+    large = _trips(b, size, device, seconds)
+    _trip(b, 0, device)
+    fastest, usual = (max(t - latency, t / 2) for t in (min(large), statistics.median(large)))  # latency is noisy, too
+    return Link(a, b, latency, size / fastest, size / usual)
+
+
+def _trips(other: int, size: int, device: Any, seconds: float) -> list[float]:
+    """Seconds of half a round trip, so many times as fit; the first is for warming up."""
+    until = time.monotonic() + seconds
+    taken = [_trip(other, size, device), _trip(other, size, device)]
+    while len(taken) < TIMES and time.monotonic() < until:
+        taken.append(_trip(other, size, device))
+    return taken[1:]
+
+
+def _trip(other: int, size: int, device: Any) -> float:
+    """Announce a message, send it and get it back; a size of 0 is the last."""
     import torch
     import torch.distributed as dist
 
-    message, seconds = torch.zeros(size, dtype=torch.uint8, device=device), []
-    for _ in range(TIMES + 1):
-        begun = time.perf_counter()
-        steps = (dist.send, dist.recv) if first else (dist.recv, dist.send)
-        for step in steps:
-            step(message, other)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - begun) / 2)
-    return min(seconds)
+    dist.send(torch.tensor([size], device=device), other)
+    if not size:
+        return 0.0
+    message, begun = torch.zeros(size, dtype=torch.uint8, device=device), time.perf_counter()
+    dist.send(message, other)
+    dist.recv(message, other)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / 2
 
 
-def confer(recipe: Recipe) -> list[Finding]:
+def _answer(other: int, device: Any) -> None:
+    """The other end of :func:`_trip`."""
+    import torch
+    import torch.distributed as dist
+
+    size = torch.zeros(1, dtype=torch.int64, device=device)
+    while True:
+        dist.recv(size, other)
+        if not (count := int(size.item())):
+            return
+        message = torch.zeros(count, dtype=torch.uint8, device=device)
+        dist.recv(message, other)
+        dist.send(message, other)
+
+
+def confer(recipe: Recipe, cost: Callable[[Link], str] = lambda link: "") -> list[Finding]:
     """Compare what each rank is about to run, and measure the links; the process group must be there."""
     import torch
     import torch.distributed as dist
@@ -189,7 +203,11 @@ def confer(recipe: Recipe) -> list[Finding]:
     told: list[Any] = [None] * count
     dist.all_gather_object(told, (identity(recipe), platform.node()))
     identities, hosts = [t[0] for t in told], [t[1] for t in told]
-    return [*differences(identities, hosts), *judge_links(measure(device), hosts)]
+    found = list(differences(identities, hosts))
+    try:
+        return [*found, *judge_links(measure(device, hosts), hosts, cost)]
+    except UserError as fault:
+        return [*found, error("ranks-silent", fault.where, fault.what, why=WHY, fix=fault.fix)]
 
 
 def main() -> None:
@@ -204,14 +222,16 @@ def main() -> None:
             recipe = Recipe.model_validate_json(Path(options.recipe).read_text(encoding="utf-8"))
         else:
             recipe = load_recipe(options.recipe, options.overrides, options.why)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        found = confer(recipe)
-        if dist.get_rank() == 0:
-            if out := os.environ.get(OUT):
-                Path(out).write_text(json.dumps([dataclasses.asdict(f) for f in found]), encoding="utf-8")
-            else:
-                print("\n".join(f"{f.level}: {f}" for f in found))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=PATIENCE * 2 / 3))
+        tells = int(os.environ["LOCAL_RANK"]) == 0
+        found = confer(recipe, partial(price, Facts(recipe, options.recipe)) if tells else lambda link: "")
+        if tells and (out := os.environ.get(OUT)):
+            write_text(Path(out), json.dumps([dataclasses.asdict(f) for f in found]))
+        elif dist.get_rank() == 0:
+            print("\n".join(f"{f.level}: {f}" for f in found))
         dist.destroy_process_group()
+        if any(f.level == "error" for f in found):
+            sys.exit(UserError.exit_code)
 
     sys.exit(guarded(work))
 
