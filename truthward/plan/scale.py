@@ -85,7 +85,8 @@ def breaks(one: Point) -> str:
 
 def lines(*, lora: bool) -> Iterator[str]:
     """A table of all models and numbers of GPUs."""
-    yield "| model | GPUs | ZeRO | row | GB a rank | tokens/s | MFU | goodput | a failure every | checkpoint every | breaks first |"
+    columns = "model, GPUs, ZeRO, row, GB a rank, tokens/s, MFU, goodput, a failure every, checkpoint every, breaks first"
+    yield f"| {columns.replace(', ', ' | ')} |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for model in MODELS:
         for gpus in GPUS:
