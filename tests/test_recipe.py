@@ -46,7 +46,7 @@ def test_every_shipped_recipe_loads_and_is_named_after_its_file(path):
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
-@pytest.mark.parametrize("name", ["laptop", "cluster-8b"])
+@pytest.mark.parametrize("name", ["laptop", "cluster-8b", "cluster-8b-full", "cluster-70b"])
 def test_the_serious_recipes_give_a_reason_for_every_choice(name):
     recipe = load_recipe(f"recipes/{name}.toml")
     assert recipe.unexplained == "stop"

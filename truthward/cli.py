@@ -28,6 +28,8 @@ def main() -> None:
     for name, about in (("run", "run every stage"), ("check", "check a recipe"), ("report", "write report.html")):
         sub = commands.add_parser(name, help=about, description=about, parents=[stage.arguments(about, add_help=False)])
         sub.set_defaults(work=globals()[f"_{name}"])
+        about = "the recipe on a tiny model of the same kind, cut to minutes, on at most so many ranks (2)"
+        sub.add_argument("--shrink", nargs="?", type=int, const=2, metavar="RANKS", help=about)
         if name == "check":
             sub.add_argument("--brief", action="store_true", help="what was found alone, as a run starts with it")
         if name == "run":
@@ -107,7 +109,16 @@ def _words(words: list[str]) -> list[str]:
 
 
 def _load(options: argparse.Namespace) -> Recipe:
-    return load_recipe(options.recipe, options.overrides, options.why)
+    """The recipe; with ``--shrink`` the cut one, which from then on is what was given."""
+    recipe = load_recipe(options.recipe, options.overrides, options.why)
+    if getattr(options, "shrink", None) is None:
+        return recipe
+    from truthward.shrink import write
+
+    options.recipe, options.overrides, options.why = str(write(recipe, options.shrink)), [], ""
+    options.shrink = None
+    say(f"shrunk to [bold]{plain(options.recipe)}[/]: it shows that the recipe runs, and nothing of what it would learn")
+    return load_recipe(options.recipe)
 
 
 def _check(options: argparse.Namespace) -> None:
