@@ -196,7 +196,8 @@ def test_predictions_grow_with_what_they_are_made_of():
     assert many[:4] == few[:4]
     lora, full = (predict(facts("laptop", [f'sft.tune="{t}"']), "sft", "cpu", 4) for t in ("lora", "full"))
     assert full.optimizer / lora.optimizer == pytest.approx(134_515_008 / 4_884_480)
-    assert predict(facts("cluster-8b", []), "sft", "cuda", 2) is None  # only its number of parameters is known
+    named = facts("cluster-8b", ["model.base=some-org/model-8b"])
+    assert predict(named, "sft", "cuda", 2) is None  # only its number of parameters is known
 
 
 @pytest.mark.slow
