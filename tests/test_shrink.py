@@ -77,8 +77,9 @@ def test_a_shrunk_recipe_is_in_order_and_gives_a_reason_for_all_that_was_cut(tmp
     _, small = shrunk(name, tmp_path)
     facts = Facts(small, small.origin.path, launching=True)
     assert [str(f) for f in examine(facts) if f.level == "error"] == []
-    assert [key for key in missing_reasons(small) if name != "tiny"] == []
-    assert small.model.why["base"].startswith("shrunk from ") or name == "tiny"
+    if name != "tiny":  # which gives no reasons
+        assert missing_reasons(small) == []
+        assert small.model.why["base"].startswith("shrunk from ")
     assert "shrunk by truthward" in Path(small.origin.path).read_text().splitlines()[0]
 
 
@@ -165,7 +166,7 @@ def test_a_row_of_any_length_fits(tmp_path):
 def test_a_shrunk_cluster_recipe_runs_from_base_to_ppo_on_two_ranks(tmp_path, name):
     accepted = ["ranks-many", *load_recipe(f"recipes/{name}.toml").check.accept]  # where a test has one core
     changes = [f"runs={tmp_path}", 'evals.sets=["truth"]', f"check.accept={json.dumps(accepted)}"]
-    words = [sys.executable, "-m", "truthward", "run", f"recipes/{name}.toml", *changes, "--why", "a test's own", "--shrink"]
+    words = [sys.executable, "-m", "truthward", "run", f"recipes/{name}.toml", *changes, "--why", "truth alone, on the single core of a small machine", "--shrink"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     small = load_recipe(tmp_path / f"{name}-shrunk" / "recipe.toml")
