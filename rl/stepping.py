@@ -41,7 +41,7 @@ class Stepper:
         """
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         if ranks.count() > 1:
-            _add_up([p for p in trained if p.grad is not None])
+            _add_up(trained)
         norm = float(nn.utils.clip_grad_norm_(trained, self.max_norm))
         if math.isfinite(norm):
             self.optimizer.step()

@@ -95,13 +95,9 @@ def joint_directory(path: Path) -> Iterator[Path]:
         os.replace(scratch, path)
 
     ranks.lead(begin)
-    trouble: Exception | None = None
     try:
-        yield scratch
-    except Exception as error:
-        trouble = error
-    try:
-        ranks.agree(trouble)
+        with ranks.agreed():
+            yield scratch
     except Exception:
         if ranks.first():
             shutil.rmtree(scratch, ignore_errors=True)

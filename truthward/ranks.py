@@ -6,10 +6,11 @@ decides for all, and an error that it meets there ends all of them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from truthward.errors import UserError
@@ -128,12 +129,18 @@ def lead(work: Callable[[], T]) -> T:
     return value
 
 
-def agree(trouble: Exception | None) -> None:
-    """End every rank where one of them met trouble while each did its part; called by all of them.
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """A block in which each rank does its part; where one of them meets trouble, all end. Entered by all of them.
 
     Raises:
         Exception: this rank's own trouble, or an OSError that names the rank that had it.
     """
+    trouble: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        trouble = error
     said = gather(trouble and f"{type(trouble).__name__}: {trouble}")
     if trouble is not None:
         raise trouble

@@ -44,10 +44,9 @@ def part(parameter: Any, optimizer: Any) -> Part | None:
         optimizer: torch's, or DeepSpeed's around it.
     """
     if hasattr(parameter, "ds_id"):  # ZeRO-3: an equal stretch of each parameter on each rank, the last one padded
-        group, offset, stretch = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        flat, start = optimizer.fp32_partitioned_groups_flat[group], ranks.rank() * stretch
-        count = max(0, min(stretch, parameter.ds_numel - start))
-        return Part(start, flat, offset, count, optimizer.optimizer.state[flat]) if count else None
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat, (start, size) = optimizer.fp32_partitioned_groups_flat[group], _stretch(parameter)
+        return Part(start, flat, offset, size, optimizer.optimizer.state[flat]) if size else None
     if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: a stretch of all parameters in a row
         held = parameter._hp_mapping
         if held is None:
@@ -108,6 +107,12 @@ def _shared_out(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
+def _stretch(parameter: Any) -> tuple[int, int]:
+    """Where this rank's stretch of a parameter under ZeRO-3 starts, and how much of it is no padding."""
+    start = ranks.rank() * parameter.ds_tensor.numel()
+    return start, max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))
+
+
 def _own(parameter: nn.Parameter, optimizer: Any) -> Part:
     """As :func:`part` of a parameter that every rank holds; its state, which may not be there yet, is made."""
     return Part(0, parameter.data, 0, parameter.numel(), optimizer.state[parameter])
@@ -116,11 +121,9 @@ def _own(parameter: nn.Parameter, optimizer: Any) -> Part:
 def _fill(parameter: Any, name: str, saved: Saved) -> None:
     """The weights that the model computes with, where they are a copy of what the optimizer steps on."""
     if hasattr(parameter, "ds_id"):
-        stretch = parameter.ds_tensor.numel()
-        start = ranks.rank() * stretch
-        count = max(0, min(stretch, parameter.ds_numel - start))
-        if count:
-            parameter.ds_tensor.view(-1)[:count].copy_(saved.stretch(name, WEIGHT, start, count))
+        start, size = _stretch(parameter)
+        if size:
+            parameter.ds_tensor.view(-1)[:size].copy_(saved.stretch(name, WEIGHT, start, size))
         if parameter.data.numel() == parameter.ds_numel:  # a small one, which stays whole on every rank
             parameter.data.view(-1).copy_(saved.stretch(name, WEIGHT, 0, parameter.ds_numel))
     elif hasattr(parameter, "_hp_mapping"):

@@ -32,7 +32,6 @@ def configuration(launch: Launch, dtype: torch.dtype) -> dict[str, Any] | None:
         "overlap_comm": torch.cuda.is_available(),
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
-        "stage3_gather_16bit_weights_on_model_save": True,
     }
     if launch.offload != "none":
         zero["offload_optimizer"] = on_host
@@ -129,14 +128,10 @@ def keep_own_checkpoints(trainer: Any) -> None:
         return {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
 
     def write(folder: str) -> None:
-        trouble: Exception | None = None
-        try:
+        with ranks.agreed():  # the trainer's state, by which a checkpoint is known, comes after all parts
             shards.write(Path(folder), trained(), trainer.model_wrapped.optimizer)
             if ranks.first():
                 torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / "scheduler.pt")
-        except Exception as error:
-            trouble = error
-        ranks.agree(trouble)  # the trainer's state, by which a checkpoint is known, comes after all parts
 
     read_rest = trainer._load_optimizer_and_scheduler
 
