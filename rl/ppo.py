@@ -27,13 +27,14 @@ from rl.advantages import (
 )
 from rl.probe import Probe
 from rl.rewards import combine, open_sources, spread
-from rl.rollout import Batch, Sampler, draw_seed, joined, my_share, prompt_order
+from rl.rollout import Batch, Engine, Sampler, draw_seed, joined, my_share, prompt_order
 from rl.stepping import stepper
 from rl.update import Learner, Scores, Targets
 from rl.work import Work
 from truthward import chat, hardware, models, ranks
 from truthward.branches import Item
 from truthward.console import progress, say
+from truthward.errors import UserError
 from truthward.guard import check_start
 from truthward.guard import rules as watched
 from truthward.guard.detectors import repeated_share
@@ -48,6 +49,7 @@ from truthward.tensors import masked_mean
 from truthward.tracking import Tracker, read_metrics, tracked
 from truthward.trainers import refuse_long
 
+ANOTHER = 0.5  # nats a token between sampler and trainer that no rounding explains
 COMPARED = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}  # estimators that need no critic
 
 
@@ -82,13 +84,7 @@ class PpoRun:
         self.trainable = {name: parameter for part in parts for name, parameter in part.items()}
         groups = [{"params": list(part.values())} for part in parts]
         optimizer = torch.optim.AdamW(groups, lr=table.learning_rate, eps=1e-5, weight_decay=0.0)
-        self.sampler = Sampler(
-            actor_critic,
-            self.tokenizer,
-            max_new_tokens=table.max_new_tokens,
-            temperature=table.temperature,
-            precision=table.sampler,
-        )
+        self.sampler = self._engine(actor_critic)
         critic, scored = table.advantage == "gae", "reward" in parents
         self.work = Work(actor_critic.policy_shell(), self.dtype, full=table.tune == "full", critic=critic, scored=scored)
         module = actor_critic.to(self.device).train()  # there is no dropout: training and sampling are the same function
@@ -97,6 +93,18 @@ class PpoRun:
         self.restore()
         self.learner = Learner(self, ptx)
         self.probe = Probe(recipe, self.actor_critic, self.tokenizer, self.device)
+
+    def _engine(self, actor_critic: ActorCritic) -> Engine:
+        """Who samples, as the recipe says."""
+        table = self.table
+        limits: dict[str, Any] = {"max_new_tokens": table.max_new_tokens, "temperature": table.temperature}
+        if table.engine == "local":
+            return Sampler(actor_critic, self.tokenizer, precision=table.sampler, **limits)
+        from rl.served import Adapters, Served, Weights
+
+        url = table.engine_url
+        deliver = Weights(url, self.device) if table.engine == "vllm" else Adapters(url, self.run.path / "served")
+        return Served(actor_critic, self.tokenizer, url=url, deliver=deliver, **limits)
 
     def restore(self) -> None:
         """Go to the newest checkpoint that is whole, or stand at the beginning."""
@@ -202,10 +210,19 @@ class PpoRun:
         tolerance = close if self.dtype == torch.float32 else 0.25
         check_start("KL(policy || reference)", largest, 0.0, tolerance, self.run)
 
+    def _check_engine(self, gap: float) -> None:
+        """The gap to a server is rounding; where it is more, the server samples from another model."""
+        if gap > ANOTHER:
+            what = f"its log-probabilities are {gap:.2f} nats a token from the policy's"
+            fix = "serve the model that this policy starts from (truthward export), in its compute type"
+            raise UserError(what, where=self.table.engine_url, fix=fix)
+
     def _metrics(self, batch: Batch, scores: Scores, normal: Tensor, raw: Advantages) -> dict[str, float]:
         mask, lengths = batch.mask, batch.mask.sum(1).float()
         log_ratio = scores.old_logprobs - scores.ref_logprobs
         gap = scores.old_logprobs - batch.sampler_logprobs
+        if self.table.engine != "local":
+            self._check_engine(masked_mean(gap.abs(), mask).item())
         metrics = {f"score/{n}": torch.tensor(s).mean() for n, s in zip(self.table.rewards, scores.scores, strict=True)}
         metrics |= {
             "score/normalised": normal.mean(),

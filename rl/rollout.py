@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,19 @@ class Batch:
             else:
                 items.append(Item(self.prompts[row], [answer]))
         return plant(items)
+
+
+class Engine(Protocol):
+    """Who samples: from this process or from a server. Every rank calls each method, ``sample`` with prompts of its own."""
+
+    def refresh(self) -> None:
+        """Take over the policy's current weights."""
+
+    def release(self) -> None:
+        """Give up what sampling alone needs."""
+
+    def sample(self, prompts: list[list[int]], seeds: list[int], tick: Callable[[int], None] = ...) -> Batch:
+        """One answer for each prompt."""
 
 
 class Sampler:

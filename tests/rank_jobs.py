@@ -2,7 +2,7 @@
 
 A job is ``{"home", "runs", "stage", "overrides"}``; a ``"fault"`` befalls the last rank at the step ``"at"``, once: it is
 ``killed``, it is ``hung``, or its ``disk`` is full when it writes its part of the checkpoint of that step. A loss that is
-``not finite`` befalls all of them.
+``not finite`` at three steps befalls all of them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def befall(fault: str, at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if row["step"] == at and fault == "hung":
             time.sleep(600)
-        if row["step"] == at and fault == "not finite" and not met:
-            met.append(at)
+        if at <= row["step"] < at + 3 and fault == "not finite" and row["step"] not in met:
+            met.append(row["step"])
             row = {**row, "loss": float("nan")}
         shards.write = full if row["step"] == at and fault == "disk" else write
         return judge(self, row)

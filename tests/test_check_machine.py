@@ -196,7 +196,8 @@ def test_predictions_grow_with_what_they_are_made_of():
     assert many[:4] == few[:4]
     lora, full = (predict(facts("laptop", [f'sft.tune="{t}"']), "sft", "cpu", 4) for t in ("lora", "full"))
     assert full.optimizer / lora.optimizer == pytest.approx(134_515_008 / 4_884_480)
-    assert predict(facts("cluster-8b", []), "sft", "cuda", 2) is None  # only its number of parameters is known
+    named = facts("cluster-8b", ["model.base=some-org/model-8b"])
+    assert predict(named, "sft", "cuda", 2) is None  # only its number of parameters is known
 
 
 @pytest.mark.slow
@@ -228,12 +229,12 @@ def test_the_odd_rank_is_named_with_its_host():
 
 
 def test_the_slowest_link_is_named():
-    links = [Link(0, 1, 5e-5, 1e10), Link(0, 2, 5e-5, 1e9), Link(1, 2, 5e-3, 1e10)]
+    links = [Link(0, 1, 5e-5, 1e10, 1e10), Link(0, 2, 5e-5, 1e9, 1e9), Link(1, 2, 5e-3, 1e10, 1e10)]
     slow, late, summary = ranks.judge_links(links, ["x", "y", "z"])
     assert "ranks 0 (x) and 2 (z): 1.00 GB/s, a good link here 10.00" in slow.what
     assert "ranks 1 (y) and 2 (z): 5000 µs" in late.what
     assert (slow.rule, summary.level) == ("link-slow", "note")
-    even = [Link(a, b, 5e-5, 1e10) for a, b in ((0, 1), (0, 2), (1, 2))]
+    even = [Link(a, b, 5e-5, 1e10, 1e10) for a, b in ((0, 1), (0, 2), (1, 2))]
     assert [f.rule for f in ranks.judge_links(even, ["x", "y", "z"])] == ["links"]
 
 

@@ -162,22 +162,14 @@ def test_a_row_of_any_length_fits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLUSTERS)
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", ["cluster-8b"])
 def test_a_shrunk_cluster_recipe_runs_from_base_to_ppo_on_two_ranks(tmp_path, name):
     accepted = ["ranks-many", *load_recipe(f"recipes/{name}.toml").check.accept]  # where a test has one core
     changes = [f"runs={tmp_path}", 'evals.sets=["truth"]', f"check.accept={json.dumps(accepted)}"]
-    words = [
-        sys.executable,
-        "-m",
-        "truthward",
-        "run",
-        f"recipes/{name}.toml",
-        *changes,
-        "--why",
-        "truth alone, on the single core of a small machine",
-        "--shrink",
-    ]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=590)
+    why = "truth alone, on the single core of a small machine"
+    words = [sys.executable, "-m", "truthward", "run", f"recipes/{name}.toml", *changes, "--why", why, "--shrink"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     small = load_recipe(tmp_path / f"{name}-shrunk" / "recipe.toml")
     for this in plan(small).values():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from truthward import launch, stage
 from truthward.console import console, plain, say, tell
@@ -33,6 +34,7 @@ def main() -> None:
             sub.add_argument("--brief", action="store_true", help="what was found alone, as a run starts with it")
         if name == "run":
             sub.add_argument("--override", default="", metavar="REASON", help="go on where a gate says stop; on record")
+    _plan(commands)
     lines = commands.add_parser(
         "launch", help="print the commands of every stage for a cluster", parents=[stage.arguments("", add_help=False)]
     )
@@ -60,6 +62,25 @@ def main() -> None:
     options = parser.parse_args(_words(sys.argv[1:]))
     work: Callable[[argparse.Namespace], None] = options.work
     sys.exit(stage.guarded(lambda: work(options)))
+
+
+def _plan(commands: Any) -> None:
+    """``plan RECIPE --gpus N --kind K``."""
+    about = "memory, network, time and money of a recipe on another machine"
+    sub = commands.add_parser("plan", help=about, description=about, parents=[stage.arguments(about, add_help=False)])
+    sub.add_argument("--gpus", type=int, required=True, help="devices in all")
+    sub.add_argument("--kind", required=True, help="of machine, e.g. h100-80gb")
+    sub.add_argument("--hosts", type=int, default=0, help="they are spread over (8 devices each)")
+    sub.add_argument("--price", type=float, help="dollars an hour and device, instead of the assumed one")
+    sub.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO, instead of the recipe's")
+    sub.set_defaults(work=_planned)
+
+
+def _planned(options: argparse.Namespace) -> None:
+    from truthward.plan.show import show
+
+    words = {"gpus": options.gpus, "name": options.kind, "hosts": options.hosts}
+    show(_load(options), options.recipe, **words, price=options.price, zero=options.zero)
 
 
 def _principles(parser: argparse.ArgumentParser) -> None:

@@ -160,7 +160,8 @@ class Hosts:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.table, self.first, self.told_so_far, self.store = recipe.launch, True, 0, None
+        self.table, self.first, self.told_so_far = recipe.launch, True, 0
+        self.store: Any = None
         if recipe.launch.hosts > 1:
             self._meet()
 
@@ -185,7 +186,7 @@ class Hosts:
     def _await(self, key: str, number: int) -> None:
         """Wait until a count is reached."""
         until = time.monotonic() + PATIENCE
-        while (there := self.store.add(key, 0)) < number:  # type: ignore[attr-defined]
+        while (there := self.store.add(key, 0)) < number:
             if time.monotonic() > until:
                 names = [self._read(f"host/{i + 1}") for i in range(there)]
                 what = f"{there} of {number} hosts came within {PATIENCE} s: {', '.join(names)}"
@@ -194,7 +195,7 @@ class Hosts:
             time.sleep(POLL)
 
     def _read(self, key: str) -> str:
-        return self.store.get(key).decode()  # type: ignore[attr-defined]
+        return self.store.get(key).decode()
 
     def tell(self, step: str) -> None:
         """Let the other hosts start a step too; of the first host.
@@ -217,14 +218,14 @@ class Hosts:
         """
         for number in count(1):
             try:
-                while not self.store.check([f"step/{number}"]):  # type: ignore[attr-defined]
+                while not self.store.check([f"step/{number}"]):
                     time.sleep(POLL)
                 step, _, code = self._read(f"step/{number}").partition(" ")
             except RuntimeError:
                 fix = "see its message; then start the same command on every host, it goes on from here"
                 raise UserError("the first host is gone", where="launch.rendezvous", fix=fix) from None
             if step == END:
-                self.store.add("left", 1)  # type: ignore[attr-defined]
+                self.store.add("left", 1)
                 if int(code):
                     stopped = UserError("the first host stopped the run", fix="see its message")
                     stopped.exit_code = int(code)

@@ -241,7 +241,7 @@ def merge(model: Any, adapter: Path) -> Any:
     merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     if hasattr(merged, "peft_config"):
         del merged.peft_config
-    return merged
+    return merged.requires_grad_(True)  # peft has frozen it; whoever trains every weight would train none
 
 
 def load_tokenizer(run: Run) -> PreTrainedTokenizerBase:

@@ -70,7 +70,11 @@ def join(launch: Launch, patience: float) -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience))
+        bound = datetime.timedelta(seconds=patience)
+        store, me, all_of_them = next(dist.rendezvous("env://", timeout=bound))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # ranks started again must not find dead ones' addresses
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=me, world_size=all_of_them, timeout=bound)
 
 
 def leave() -> None:

@@ -278,6 +278,15 @@ def _check_ppo(recipe: Recipe, where: str) -> None:
         minibatch, micro, f"{where}: ppo.rollouts / ppo.minibatches, ppo.micro_batch_size * launch.ranks * launch.hosts"
     )
     exact_div(table.rollouts, table.group_size, f"{where}: ppo.rollouts, ppo.group_size")
+    if (table.engine != "local") != bool(table.engine_url):
+        fix = 'give the server\'s address, e.g. "http://node0:8000/v1", or take ppo.engine = "local"'
+        raise UserError("a server and its address go together", where=f"{where}: ppo.engine_url", fix=fix)
+    if table.engine != "local" and not table.tis_cap:
+        fix = "2 is usual"
+        raise UserError("a server's log-probabilities are not the trainer's", where=f"{where}: ppo.tis_cap", fix=fix)
+    if table.engine == "openai" and table.tune != "lora":
+        fix = 'set ppo.tune = "lora", or ppo.engine = "vllm"'
+        raise UserError("only adapters are handed over by disk", where=f"{where}: ppo.engine", fix=fix)
     if table.advantage != "gae" and table.group_size < 2:
         raise UserError(
             f"{table.advantage} compares the answers to a prompt, and group_size is 1",

@@ -144,8 +144,7 @@ def _shrink_ppo(recipe: Recipe, made: dict[str, Any], world: int, lengths: dict[
     rollouts = math.lcm(minibatches * micro * world, table.group_size)
     _set(made, "ppo", iterations=2, epochs=min(table.epochs, 2), minibatches=minibatches, micro_batch_size=micro)
     _set(made, "ppo", rollouts=max(rollouts, 2), max_new_tokens=12, max_prompt_tokens=max(64, lengths["ppo"]))
-    if "engine" in made["ppo"]:
-        _set(made, "ppo", engine="local")  # there is no GPU to serve from
+    _set(made, "ppo", engine="local", engine_url="")  # there is no GPU to serve from
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

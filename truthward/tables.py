@@ -148,6 +148,10 @@ class Sampling(Table):
     max_prompt_tokens: int = Field(256, ge=1, description="longest prompt in tokens; longer ones are an error")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; log-probabilities are scaled alike")
     sampler: Literal["exact", "bfloat16", "int8"] = Field("exact", description="the weights that answers are sampled with")
+    engine: Literal["local", "vllm", "openai"] = Field(
+        "local", description="who samples: this process, vLLM given weights over NCCL, or a server given adapters by disk"
+    )
+    engine_url: str = Field("", description="the server's address, with /v1")
     tis_cap: float = Field(2.0, ge=0, description="most that pi_old / pi_sampler may weigh a token; 0 does not correct")
     truncation: Literal["penalty", "replace", "mask"] = Field(
         "penalty",

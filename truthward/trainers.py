@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from truthward import chat, ranks, tables, zero
 from truthward.branches import Forest, Item, plant
 from truthward.console import progress
-from truthward.errors import UserError
+from truthward.errors import TrainingFault, UserError
 from truthward.guard.interruptions import Watchdog, stop_on_request
 from truthward.guard.rules import TRAINER
 from truthward.guard.storage import newest_whole
@@ -114,6 +114,11 @@ def fit(trainer: Any, tracker: Tracker, description: str, table: tables.Guard) -
                 raise guard.fault()
             if guarding.act is None:
                 return trainer.state.global_step
+            if trainer.is_deepspeed_enabled:  # its engine cannot be set up twice around one model
+                raise TrainingFault(
+                    f"{tracker.run.path} goes back to its last good checkpoint, at a lower rate\n"
+                    "  to do: run the same command; with launch.restarts all ranks are started again by themselves"
+                )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -144,6 +144,9 @@ def keep_own_checkpoints(trainer: Any) -> None:
         if checkpoint is not None:
             shards.read(Path(checkpoint), trained(), trainer.model_wrapped.optimizer)
         read_rest(checkpoint)
+        if checkpoint is not None:  # the scheduler knows where it stands, the optimizer would begin with its first rate
+            for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
 
     trainer.save_model = lambda *args, **kwargs: None  # the parts hold the weights; the stage saves the model at its end
     trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler = write, read

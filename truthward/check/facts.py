@@ -60,10 +60,32 @@ class Shape(NamedTuple):
         tables = words * h * (1 if config.get("tie_word_embeddings") else 2)
         return cls(layers * layer + tables + h, layers, h, inner, heads, kv, words, config.get("max_position_embeddings", 0))
 
+    @property
+    def cached(self) -> float:
+        """Elements of a token's keys and values in all layers."""
+        return 2 * self.layers * self.hidden * self.kv_heads / max(1, self.heads)
+
     def adapter(self, rank: int) -> int:
         """Parameters of LoRA on every linear layer: r x (in + out) each (Hu et al. 2021, arXiv 2106.09685)."""
         h, kv = self.hidden, self.hidden * self.kv_heads // max(1, self.heads)
         return self.layers * rank * (2 * (h + h) + 2 * (h + kv) + 3 * (h + self.inner))
+
+
+def _llama(layers: int, hidden: int, inner: int, heads: int, *, tied: bool = False) -> dict[str, Any]:
+    """Llama 3 (Dubey et al. 2024, arXiv 2407.21783, table 3): 8 key-value heads and 128,256 words at every size.
+
+    3.2's 1B is not in the paper: its sizes are those of its published configuration.
+    """
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": tied,
+    }
 
 
 KNOWN = {  # configurations that need not be on this machine to be known
@@ -87,6 +109,10 @@ KNOWN = {  # configurations that need not be on this machine to be known
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     },
+    "llama-3.2-1b": _llama(16, 2048, 8192, 32, tied=True),
+    "llama-3.1-8b": _llama(32, 4096, 14336, 32),
+    "llama-3.1-70b": _llama(80, 8192, 28672, 64),
+    "llama-3.1-405b": _llama(126, 16384, 53248, 128),
 }
 
 
@@ -228,9 +254,11 @@ class Facts:
         if self.folder and (self.folder / "config.json").is_file():
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             return Shape.of(config) if "intermediate_size" in config else Shape(0)
-        if name in KNOWN:
-            return Shape.of(KNOWN[name])
-        said = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", name.rpartition("/")[2].casefold())
+        bare = name.rpartition("/")[2].casefold()
+        for known in (bare, bare.removesuffix("-instruct")):
+            if known in KNOWN:
+                return Shape.of(KNOWN[known])
+        said = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", bare)
         return Shape(round(float(said[1]) * (1e9 if said[2] == "b" else 1e6))) if said else Shape(0)
 
     @property

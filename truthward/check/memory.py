@@ -1,14 +1,14 @@
 """How much memory a stage will take at its peak, part by part, on each rank and under each stage of ZeRO.
 
-Weights, gradients and optimizer states are counted as Rajbhandari et al. 2020 (arXiv 1910.02054, section 3) count them.
-Activations are the tensors that autograd keeps of our layers, counted by kind; what the allocator wastes on top of them
-was measured (``docs/check.md``). Units are bytes.
+Weights, gradients and optimizer states are counted as Rajbhandari et al. 2020 (arXiv 1910.02054, section 3) count them, and
+DeepSpeed's own copies and buffers as its code makes them. Activations are the tensors that autograd keeps of our layers,
+counted by kind; what the allocator wastes on top of them was measured (``docs/check.md``). Units are bytes.
 """
 
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from truthward import chat
 from truthward.check.facts import Facts, Shape
@@ -16,6 +16,10 @@ from truthward.records import Pair, Prompt
 
 GB = 2**30
 RUNTIME = {"cpu": 0.58 * GB, "cuda": 0.6 * GB}  # Python with torch, transformers, peft and TRL; or a CUDA context
+DEEPSPEED = {"cpu": 0.03 * GB, "cuda": 0.1 * GB}  # its modules, and the process group
+BUCKET = 50_000_000  # elements that are reduced together (truthward.zero)
+PREFETCH = 50_000_000  # elements that ZeRO-3 gathers ahead (DeepSpeed's stage3_prefetch_bucket_size)
+LIVE = 1_000_000_000  # elements that ZeRO-3 keeps whole between two uses (DeepSpeed's stage3_max_reuse_distance)
 # what the allocator holds beyond live activations: glibc's heap is cut to pieces by tensors of ever new sizes, less so where
 # each step has the same (packed sequences); CUDA's caching allocator rounds up
 WASTE = {"cpu": {"packed": 1.55, "trees": 2.6}, "cuda": {"packed": 1.1, "trees": 1.25}}
@@ -23,8 +27,12 @@ HEAD_TOKENS, DISTILL_TOKENS = 256, 64  # positions whose logits are held at once
 SCORED = 16  # labelled pairs that the preference model scores in one pass
 
 
+Device = Literal["cpu", "cuda"]
+Offload = Literal["none", "optimizer", "all"]
+
+
 class Memory(NamedTuple):
-    """Peak of one rank, by part."""
+    """Peak of one rank, by part; ``host`` is what ZeRO keeps in the host's memory for it, and no part of its total."""
 
     runtime: float
     weights: float
@@ -32,10 +40,12 @@ class Memory(NamedTuple):
     optimizer: float
     activations: float
     logits: float
+    buffers: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        return sum(self)
+        return sum(self) - self.host
 
 
 class States(NamedTuple):
@@ -95,7 +105,82 @@ def activations(shape: Shape, tokens: int, longest: int, trees: int, rank: int, 
     return shape.layers * kept * width
 
 
-def predict(facts: Facts, stage: str, device: str, width: int, zero: int | None = None) -> Memory | None:
+class Job(NamedTuple):
+    """What the memory of a stage depends on; whoever plans replaces ranks, stage of ZeRO or row.
+
+    Attributes:
+        shape: of the model.
+        states: what is trained, without DeepSpeed.
+        rank: of the adapters; 0 where all weights are trained.
+        width: bytes of the compute type.
+        row: tokens of the largest micro-batch, of its longest tree, and how many trees; 0 for a packed row.
+        logits: bytes that are held of them at once.
+        least: bytes of a phase with no activations kept, such as sampling.
+        cache: keys and values of PPO's answers in bytes, over all ranks.
+        micros: micro-batches of an optimizer step, on a rank.
+    """
+
+    shape: Shape
+    states: States
+    rank: int
+    width: int
+    row: tuple[int, int, int]
+    logits: float
+    least: float = 0.0
+    cache: float = 0.0
+    ranks: int = 1
+    zero: int = 0
+    offload: Offload = "none"
+    micros: int = 1
+
+
+def under_deepspeed(states: States, width: int) -> States:
+    """The states that ZeRO shares out: everything in the compute type, and an fp32 master copy of what is trained.
+
+    DeepSpeed makes the copy under fp32 as well.
+    """
+    return States(states.frozen, states.trained, width, width, 4 + 8)
+
+
+def peak(job: Job, device: Device) -> Memory:
+    """The peak of a job on one rank.
+
+    In a step of one micro-batch the backward pass frees activations as it makes gradients, so that these come on top of what
+    the step itself needs, not of all activations; gradients that are accumulated lie beside both.
+    """
+    shape, states, width = job.shape, job.states, job.width
+    kept = activations(shape, *job.row, job.rank, width) * WASTE[device]["trees" if job.row[2] else "packed"]
+    runtime, buffers, host, step = RUNTIME[device], 0.0, 0.0, 0.0
+    if job.zero:
+        states = under_deepspeed(states, width)
+        runtime += DEEPSPEED[device]
+        buffers = _bucket(job, device) * width
+        step = 3 * 4 * states.trained / job.ranks  # the flat gradient in fp32, and two temporaries of Adam
+    elif job.ranks > 1:
+        buffers = states.trained * states.gradient  # DDP's buckets are a copy of the gradients
+    live = min(shape.parameters, LIVE) * width
+    weights, gradients, optimizer = sharded(states, job.zero, job.ranks, live)
+    if job.zero and job.offload != "none":
+        host, optimizer, step = optimizer + step, 0.0, 0.0
+    if job.zero == 3 and job.offload == "all" and job.ranks > 1:
+        host, weights = host + weights - live, live
+    sampling = job.least + job.cache / job.ranks
+    beside = 0.0 if job.micros == 1 else gradients
+    during = max(kept + beside, sampling + beside, gradients + step) - gradients
+    return Memory(runtime, weights, gradients, optimizer, during, job.logits, buffers, host)
+
+
+def _bucket(job: Job, device: Device) -> float:
+    """Elements of DeepSpeed's buffers: in which gradients are gathered, and of weights on their way.
+
+    A GPU has the first twice, at its full size; a CPU's pages come as they are touched. Stage 3 gathers a bucket of weights
+    ahead, and copies it from the ranks' parts to where it is used.
+    """
+    gradients = 2 * BUCKET if device == "cuda" else min(BUCKET, job.states.trained)
+    return gradients + 2 * min(PREFETCH, job.shape.parameters) * (job.zero == 3 and job.ranks > 1)
+
+
+def predict(facts: Facts, stage: str, device: Device, width: int, zero: int | None = None) -> Memory | None:
     """The peak of a stage's training on one rank; None where the model's sizes or the rows are not known.
 
     Args:
@@ -103,25 +188,44 @@ def predict(facts: Facts, stage: str, device: str, width: int, zero: int | None 
         width: bytes of the compute type.
         zero: stage of ZeRO; by default the recipe's.
     """
-    shape, table, ranks = facts.shape, getattr(facts.recipe, stage), facts.recipe.launch.world
-    row = largest_row(facts, stage)
+    job = job_of(facts, stage, width)
+    if job is None:
+        return None
+    return peak(job if zero is None else job._replace(zero=zero), device)
+
+
+def job_of(facts: Facts, stage: str, width: int, micro: int = 0) -> Job | None:
+    """What the recipe asks of a rank; None where the model's sizes or the rows are not known.
+
+    Args:
+        width: bytes of the compute type.
+        micro: rows of a micro-batch; 0 takes the recipe's.
+    """
+    shape, table, launch = facts.shape, getattr(facts.recipe, stage), facts.recipe.launch
+    row = largest_row(facts, stage, micro)
     if not shape.layers or row is None:
         return None
-    tokens, longest, trees = row
     lora = table.tune == "lora"
     trained = shape.adapter(table.lora_rank) if lora else shape.parameters
-    states = _states(facts, stage, trained, width)
-    layer = shape.parameters / shape.layers * width
-    stage_of_zero = facts.recipe.launch.zero if zero is None else zero
-    weights, gradients, optimizer = sharded(states, stage_of_zero, ranks, layer)
-    kept = activations(shape, tokens, longest, trees, table.lora_rank if lora else 0, width)
-    waste = WASTE[device]["trees" if trees else "packed"]
-    chunk = DISTILL_TOKENS * 5 if stage == "distill" else 3 * min(tokens, HEAD_TOKENS)
-    logits = 0.0 if stage == "reward" else chunk * shape.vocabulary * 4
-    peak = max(kept * waste, _scoring(facts, width) if stage == "reward" else 0)
-    if stage == "ppo":  # the sampler's copy of the policy goes before the update begins
-        peak = max(peak, shape.parameters * width)
-    return Memory(RUNTIME[device], weights, gradients, optimizer, peak, logits)
+    chunk = DISTILL_TOKENS * 5 if stage == "distill" else 3 * min(row[0], HEAD_TOKENS)
+    logits = 0.0 if stage == "reward" else chunk * shape.vocabulary * 4.0
+    least = _scoring(facts, width) if stage == "reward" else 0.0
+    cache = 0.0
+    if stage == "ppo":  # the sampler's copy of the policy, which is whole, goes before the update begins
+        least, cache = shape.parameters * width, table.rollouts * row[1] * shape.cached * width
+    rank, states = table.lora_rank if lora else 0, _states(facts, stage, trained, width)
+    where = (launch.world, launch.zero, launch.offload)
+    return Job(shape, states, rank, width, row, logits, least, cache, *where, _micros(facts, stage))
+
+
+def _micros(facts: Facts, stage: str) -> int:
+    """Micro-batches of an optimizer step on a rank."""
+    table, world = getattr(facts.recipe, stage), facts.recipe.launch.world
+    if stage == "ppo":
+        return max(1, table.rollouts // table.minibatches // (table.micro_batch_size * world))
+    if stage == "distill":
+        return max(1, table.batch_size // (table.micro_batch_size * world))
+    return max(1, facts.loader(stage)[1])
 
 
 def _states(facts: Facts, stage: str, trained: int, width: int) -> States:
@@ -150,18 +254,18 @@ def _scoring(facts: Facts, width: int) -> float:
     return 3 * SCORED * facts.shape.heads * longest**2 * width + SCORED * longest * facts.shape.inner * 4 * width
 
 
-def largest_row(facts: Facts, stage: str) -> tuple[int, int, int] | None:
+def largest_row(facts: Facts, stage: str, micro: int = 0) -> tuple[int, int, int] | None:
     """Tokens of the largest micro-batch that training is likely to draw, of its longest tree, and how many trees it has."""
     table = getattr(facts.recipe, stage)
     if stage == "ppo":
         prompts = [p.prompt for p in facts.rows(table.prompts, Prompt)]
         lengths = [n + table.max_new_tokens for n in facts.lengths([facts.render(chat.user(t)) for t in prompts])]
-        micro, draws = table.micro_batch_size, table.iterations * table.rollouts
+        micro, draws = micro or table.micro_batch_size, table.iterations * table.rollouts
     elif stage == "distill":
         return None
     else:
         lengths, draws = facts.tokens(stage), int(table.epochs * len(facts.tokens(stage)))
-        micro = min(table.micro_batch_size, table.batch_size)
+        micro = min(micro or table.micro_batch_size, table.batch_size)
     if not lengths:
         return None
     if stage == "sft" and table.packing:
