@@ -39,7 +39,7 @@ PLANTED = [
     Planted("machine-other", "note", "launch", "no GPU here", DEEPSPEED),
     Planted("ranks-many", "error", "launch.ranks", "8 ranks on 4 cores", EIGHT),
     Planted("threads-many", "error", "model.threads", "16 threads on 4 cores", ["model.threads=16"]),
-    Planted("threads-many", "warning", "model.threads", "each of 2 ranks", ["launch.ranks=2"]),
+    Planted("threads-many", "error", "model.threads", "2 x 3 threads", ["launch.ranks=2", "model.threads=3"]),
     Planted("package-absent", "error", "evals.lm_eval", "lm_eval", ['evals.lm_eval=["arc_easy"]']),
     Planted("dtype-slow", "warning", "model.dtype", "10 times slower", ['model.dtype="bfloat16"']),
     Planted("memory-short", "error", "ppo.micro_batch_size", "GB of 64", ["ppo.micro_batch_size=512", "ppo.rollouts=1024"]),

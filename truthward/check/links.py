@@ -9,7 +9,7 @@ from typing import NamedTuple
 from truthward.check import machine
 from truthward.check.facts import TRAINED, Facts
 from truthward.check.findings import Found, note, warning
-from truthward.recipe import exact_div
+from truthward.check.memory import micro_batches
 
 SLOW = 4  # times slower than a good link of the same run
 GIGABIT = 125e6  # bytes a second, below which a link is slow whatever the others are
@@ -47,7 +47,7 @@ def traffic(facts: Facts, stage: str, width: int) -> Traffic | None:
 
     With N ranks every reduction or gathering of S bytes sends S (N - 1) / N, in N - 1 messages. Stages 0 and 1 reduce and
     gather the gradients once a step; stage 2 reduces them in every micro-batch; stage 3 gathers all weights, also those that
-    are not trained, twice a micro-batch, one layer at a time.
+    are not trained, for each pass of a micro-batch forward or back, one layer at a time.
 
     Args:
         width: bytes of the compute type.
@@ -60,8 +60,8 @@ def traffic(facts: Facts, stage: str, width: int) -> Traffic | None:
     if not (shape.layers if lora else shape.parameters):
         return None
     trained = shape.adapter(table.lora_rank) if lora else shape.parameters
-    if stage == "ppo" and table.advantage == "gae":
-        trained += shape.adapter(table.lora_rank)  # the critic
+    if critic := stage == "ppo" and table.advantage == "gae":
+        trained += shape.adapter(table.lora_rank)
     gradients = trained * (4 if lora or stage == "ppo" else width)
     weights = shape.parameters * width
     passes, buckets = micro_batches(facts, stage), math.ceil(gradients / BUCKET)
@@ -70,17 +70,9 @@ def traffic(facts: Facts, stage: str, width: int) -> Traffic | None:
     elif launch.zero == 2:
         size, collectives = (passes + 1) * gradients, (passes + 1) * buckets
     else:
-        size, collectives = passes * (gradients + 2 * weights), passes * 3 * max(shape.layers, buckets)
+        gathered = 3 if stage == "dpo" else 4 if critic else 2  # DPO's reference, PPO's critic
+        size, collectives = passes * (gradients + gathered * weights), passes * (gathered + 1) * max(shape.layers, buckets)
     return Traffic(size * (ranks - 1) / ranks, collectives * (ranks - 1))
-
-
-def micro_batches(facts: Facts, stage: str) -> int:
-    """Forward and backward passes of an optimizer step on each rank."""
-    table, ranks = getattr(facts.recipe, stage), facts.recipe.launch.world
-    if stage != "ppo":
-        return facts.loader(stage)[1]
-    rows = exact_div(table.rollouts, table.minibatches, "ppo.rollouts, ppo.minibatches")
-    return rows // (min(table.micro_batch_size, rows) * ranks)
 
 
 def price(facts: Facts, link: Link) -> str:
