@@ -44,7 +44,7 @@ TRAINING = [
         "all weights",
         ['dpo.tune="full"', 'ppo.parent="sft"', "dpo.learning_rate=0.006"],
     ),
-    Planted("rate-high", "warning", "dpo.learning_rate", "8,000M", ["dpo.learning_rate=1e-3"], "cluster-8b"),
+    Planted("rate-high", "warning", "dpo.learning_rate", "8,030M", ["dpo.learning_rate=1e-3"], "cluster-8b"),
     Planted("rate-high", "warning", "reward.learning_rate", "usual", ["reward.learning_rate=1e-2"]),
     Planted("rate-high", "warning", "ppo.learning_rate", "usual", ["ppo.learning_rate=3e-4"]),
     Planted("rate-high", "error", "ppo.value_learning_rate", "usual", ["ppo.value_learning_rate=0.1"]),

@@ -16,7 +16,12 @@ from truthward.plan.cost import Learning, volume
 HOSTS = ["alpha", "beta", "gamma"]
 GOOD = Link(0, 1, 5e-5, 1e10)
 PSI = 134_515_008  # parameters of the 135M model
-TWO = ["launch.ranks=2", "launch.hosts=2", "launch.rendezvous=a:1", "dpo.batch_size=16", "reward.batch_size=16"]
+TWO = [
+    "launch.ranks=2",
+    "launch.hosts=2",
+    "launch.rendezvous=a:1",
+    *(f"{s}.batch_size=16" for s in ("sft", "dpo", "reward")),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from truthward.check import Facts, examine
 from truthward.check.machine import Machine
 from truthward.check.memory import GB
 from truthward.errors import UserError
-from truthward.ledger import Run, is_done, plan
 from truthward.models import TINY
 from truthward.reasons import missing_reasons
 from truthward.recipe import load_recipe
@@ -159,22 +156,3 @@ def test_a_row_of_any_length_fits(tmp_path):
         json.loads((Path(small.model.base) / "config.json").read_text())["max_position_embeddings"] >= small.sft.max_length
     )
     assert facts.folder == Path(small.model.base)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("name", ["cluster-8b"])
-def test_a_shrunk_cluster_recipe_runs_from_base_to_ppo_on_two_ranks(tmp_path, name):
-    accepted = ["ranks-many", *load_recipe(f"recipes/{name}.toml").check.accept]  # where a test has one core
-    changes = [f"runs={tmp_path}", 'evals.sets=["truth"]', f"check.accept={json.dumps(accepted)}"]
-    why = "truth alone, on the single core of a small machine"
-    words = [sys.executable, "-m", "truthward", "run", f"recipes/{name}.toml", *changes, "--why", why, "--shrink"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    small = load_recipe(tmp_path / f"{name}-shrunk" / "recipe.toml")
-    for this in plan(small).values():
-        assert is_done(this.path)
-    manifest = Run.load(plan(small)["ppo"].path).manifest
-    assert manifest["recipe"]["name"] == f"{name}-shrunk"
-    assert manifest["recipe"]["ppo"]["why"]["iterations"].startswith("shrunk from ")
-    assert manifest["recipe"]["launch"]["zero"] == load_recipe(f"recipes/{name}.toml").launch.zero

@@ -99,7 +99,8 @@ def _estimate(facts: Facts, stage: str, cluster: Cluster, zero: int) -> Estimate
     busy = min(cluster.devices, rows.rows)
     micros = math.ceil(rows.rows / (busy * chosen.micro))
     models = 2 if stage == "ppo" and table.advantage == "gae" else 1
-    learning = Learning(job.shape, job.states.trained, width, 1 if stage == "dpo" else 0, models)
+    sent_width = width if chosen.zero else job.states.gradient  # DDP sends adapters' gradients in fp32
+    learning = Learning(job.shape, job.states.trained, sent_width, 1 if stage == "dpo" else 0, models)
     one = step(learning, cluster, rows.tokens / busy, rows.context, chosen.zero, micros)
     useful, tokens = rows.steps * one.seconds, rows.tokens
     flops = rows.steps * learning.useful(rows.tokens, rows.context)
