@@ -28,6 +28,7 @@ from lab import ROOT
 TUNSETIFF, TUN, NO_PREFIX = 0x400454CA, 0x0001, 0x1000  # of linux/if_tun.h
 NAMES = ("alpha", "beta")
 PORT = 29500
+LARGE = 60000  # bytes of a packet on a wire, so that Python can carry a gigabit of them
 ETC = Path("/etc/netns")
 
 
@@ -127,10 +128,11 @@ def _tun(name: str) -> int:
 
 
 @contextlib.contextmanager
-def two_hosts(*, delay: float = 0.0, loss: float = 0.0, rate: str = "") -> Iterator[TwoHosts]:
+def two_hosts(*, carried: bool = False, delay: float = 0.0, loss: float = 0.0, rate: str = "") -> Iterator[TwoHosts]:
     """Two hosts, ``alpha`` (10.77.0.1) and ``beta``, and all that runs on them; both are gone afterwards.
 
     Args:
+        carried: whether a :class:`Wire` is between them also where it does no harm.
         delay: of the link between them, one way, in seconds.
         loss: share of its packets that get lost.
         rate: its bandwidth, as ``tc`` writes it (``1mbit``).
@@ -150,7 +152,7 @@ def two_hosts(*, delay: float = 0.0, loss: float = 0.0, rate: str = "") -> Itera
             names.write_text("127.0.0.1 localhost\n" + "".join(f"{address(i)} {n}\n" for i, n in enumerate(NAMES)))
             ip("netns", "add", space)
             ip("-n", space, "link", "set", "lo", "up")
-        if delay or loss:
+        if carried or delay or loss:
             files += [_tun(device) for device in hosts.devices]
             for space, device in zip(hosts.spaces, hosts.devices, strict=True):
                 ip("link", "set", device, "netns", space)
@@ -161,12 +163,15 @@ def two_hosts(*, delay: float = 0.0, loss: float = 0.0, rate: str = "") -> Itera
             ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
         for host, (space, device) in enumerate(zip(hosts.spaces, hosts.devices, strict=True)):
             ip("-n", space, "addr", "add", f"{address(host)}/24", "dev", device)
-            ip("-n", space, "link", "set", device, "up")
+            ip("-n", space, "link", "set", device, *(["mtu", str(LARGE)] if files else []), "up")
             if rate:
                 limit = ["root", "tbf", "rate", rate, "burst", "32k", "latency", "400ms"]
                 subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", device, *limit], check=True)
         yield hosts
     finally:
+        if wire:
+            wire.ended = True
+            wire.join()
         for process in hosts.running:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -179,8 +184,5 @@ def two_hosts(*, delay: float = 0.0, loss: float = 0.0, rate: str = "") -> Itera
             shutil.rmtree(ETC / space, ignore_errors=True)
         with contextlib.suppress(OSError):
             ETC.rmdir()
-        if wire:
-            wire.ended = True
-            wire.join()
         for file in files:
             os.close(file)

@@ -39,7 +39,7 @@ PLANTED = [
     Planted("machine-other", "note", "launch", "no GPU here", DEEPSPEED),
     Planted("ranks-many", "error", "launch.ranks", "8 ranks on 4 cores", EIGHT),
     Planted("threads-many", "error", "model.threads", "16 threads on 4 cores", ["model.threads=16"]),
-    Planted("threads-many", "warning", "model.threads", "each of 2 ranks", ["launch.ranks=2"]),
+    Planted("threads-many", "error", "model.threads", "2 x 3 threads", ["launch.ranks=2", "model.threads=3"]),
     Planted("package-absent", "error", "evals.lm_eval", "lm_eval", ['evals.lm_eval=["arc_easy"]']),
     Planted("dtype-slow", "warning", "model.dtype", "10 times slower", ['model.dtype="bfloat16"']),
     Planted("memory-short", "error", "ppo.micro_batch_size", "GB of 64", ["ppo.micro_batch_size=512", "ppo.rollouts=1024"]),
@@ -229,12 +229,12 @@ def test_the_odd_rank_is_named_with_its_host():
 
 
 def test_the_slowest_link_is_named():
-    links = [Link(0, 1, 5e-5, 1e10, 1e10), Link(0, 2, 5e-5, 1e9, 1e9), Link(1, 2, 5e-3, 1e10, 1e10)]
+    links = [Link(0, 1, 5e-5, 1e10), Link(0, 2, 5e-5, 1e9), Link(1, 2, 5e-3, 1e10)]
     slow, late, summary = ranks.judge_links(links, ["x", "y", "z"])
-    assert "ranks 0 (x) and 2 (z): 1 GB/s, a good link here 10" in slow.what
-    assert "ranks 1 (y) and 2 (z): a message takes" in late.what
+    assert "ranks 0 (x) and 2 (z): 1.0 GB/s, a good link here 10.0 GB/s" in slow.what
+    assert "ranks 1 (y) and 2 (z): a message takes 5.00 ms, on a good link here 0.05 ms" in late.what
     assert (slow.rule, summary.level) == ("link-slow", "note")
-    even = [Link(a, b, 5e-5, 1e10, 1e10) for a, b in ((0, 1), (0, 2), (1, 2))]
+    even = [Link(a, b, 5e-5, 1e10) for a, b in ((0, 1), (0, 2), (1, 2))]
     assert [f.rule for f in ranks.judge_links(even, ["x", "y", "z"])] == ["links"]
 
 

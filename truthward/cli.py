@@ -28,8 +28,7 @@ def main() -> None:
     for name, about in (("run", "run every stage"), ("check", "check a recipe"), ("report", "write report.html")):
         sub = commands.add_parser(name, help=about, description=about, parents=[stage.arguments(about, add_help=False)])
         sub.set_defaults(work=globals()[f"_{name}"])
-        about = "the recipe on a tiny model of the same kind, cut to minutes, on at most so many ranks (2)"
-        sub.add_argument("--shrink", nargs="?", type=int, const=2, metavar="RANKS", help=about)
+        _shrinkable(sub)
         if name == "check":
             sub.add_argument("--brief", action="store_true", help="what was found alone, as a run starts with it")
         if name == "run":
@@ -64,6 +63,11 @@ def main() -> None:
     sys.exit(stage.guarded(lambda: work(options)))
 
 
+def _shrinkable(parser: argparse.ArgumentParser) -> None:
+    about = "the recipe on a tiny model of the same kind, cut to minutes, on at most so many ranks (2)"
+    parser.add_argument("--shrink", nargs="?", type=int, const=2, metavar="RANKS", help=about)
+
+
 def _plan(commands: Any) -> None:
     """``plan RECIPE --gpus N --kind K``."""
     about = "memory, network, time and money of a recipe on another machine"
@@ -73,6 +77,7 @@ def _plan(commands: Any) -> None:
     sub.add_argument("--hosts", type=int, default=0, help="they are spread over (8 devices each)")
     sub.add_argument("--price", type=float, help="dollars an hour and device, instead of the assumed one")
     sub.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO, instead of the recipe's")
+    _shrinkable(sub)
     sub.set_defaults(work=_planned)
 
 

@@ -47,17 +47,17 @@ def torchrun(recipe: Recipe, stage: str) -> list[str]:
     return [*words, f"--max-restarts={table.restarts}", f"--shutdown-timeout={GRACE}"]
 
 
-def command(recipe: Recipe, stage: str, arguments: list[str], python: str = sys.executable) -> list[str]:
+def command(recipe: Recipe, stage: str, arguments: list[str], python: str = "") -> list[str]:
     """What starts a stage on this host: one process, or this host's share of many.
 
     Args:
         recipe: the resolved recipe.
         stage: a stage, ``evals`` or ``check``.
         arguments: words of the stage's own command line.
-        python: the interpreter, as it is called.
+        python: the interpreter, as it is called; this one if empty.
     """
     starter = torchrun(recipe, stage) if on_many(recipe, stage) else []
-    return [python, *starter, "-m", MODULES.get(stage, stage), *arguments]
+    return [python or sys.executable, *starter, "-m", MODULES.get(stage, stage), *arguments]
 
 
 def on_many(recipe: Recipe, stage: str) -> bool:

@@ -9,26 +9,29 @@ from typing import NamedTuple
 from truthward.check import machine
 from truthward.check.facts import TRAINED, Facts
 from truthward.check.findings import Found, note, warning
-from truthward.recipe import exact_div
+from truthward.check.memory import micro_batches
 
 SLOW = 4  # times slower than a good link of the same run
 GIGABIT = 125e6  # bytes a second, below which a link is slow whatever the others are
 LATE = 5e-3  # seconds, from which it is late whatever the others are; a network in one room takes 1e-5 to 5e-4
-LOSSY = 10  # times that the usual large message takes as long as the fastest
+STALL = 0.08  # seconds over the fastest; a lost message is sent again after 0.2 (TCP_RTO_MIN of Linux), both ways
+LOSSY = 0.02  # share of messages that stall
 BUCKET = 25e6  # bytes of gradients that are sent at once (torch's DistributedDataParallel)
 
 
 class Link(NamedTuple):
     """Two ranks, half a round trip of a small message in seconds, and bytes a second of a large one.
 
-    ``usual`` is the median in place of the fastest: where it is far below, messages are lost on the way and sent again.
+    ``stalled`` is the share of messages that took so much longer that they were lost on the way and sent again, and
+    ``lost`` the seconds that this adds to a message on average.
     """
 
     a: int
     b: int
     latency: float
     bandwidth: float
-    usual: float
+    stalled: float = 0.0
+    lost: float = 0.0
 
 
 class Traffic(NamedTuple):
@@ -39,7 +42,7 @@ class Traffic(NamedTuple):
 
     def seconds(self, link: Link) -> float:
         """How long it takes on a link, of which every message of a ring crosses one."""
-        return self.size / min(link.bandwidth, link.usual) + self.messages * link.latency
+        return self.size / link.bandwidth + self.messages * (link.latency + link.lost)
 
 
 def traffic(facts: Facts, stage: str, width: int) -> Traffic | None:
@@ -47,7 +50,7 @@ def traffic(facts: Facts, stage: str, width: int) -> Traffic | None:
 
     With N ranks every reduction or gathering of S bytes sends S (N - 1) / N, in N - 1 messages. Stages 0 and 1 reduce and
     gather the gradients once a step; stage 2 reduces them in every micro-batch; stage 3 gathers all weights, also those that
-    are not trained, twice a micro-batch, one layer at a time.
+    are not trained, for each pass of a micro-batch forward or back, one layer at a time.
 
     Args:
         width: bytes of the compute type.
@@ -60,8 +63,8 @@ def traffic(facts: Facts, stage: str, width: int) -> Traffic | None:
     if not (shape.layers if lora else shape.parameters):
         return None
     trained = shape.adapter(table.lora_rank) if lora else shape.parameters
-    if stage == "ppo" and table.advantage == "gae":
-        trained += shape.adapter(table.lora_rank)  # the critic
+    if critic := stage == "ppo" and table.advantage == "gae":
+        trained += shape.adapter(table.lora_rank)
     gradients = trained * (4 if lora or stage == "ppo" else width)
     weights = shape.parameters * width
     passes, buckets = micro_batches(facts, stage), math.ceil(gradients / BUCKET)
@@ -70,17 +73,9 @@ def traffic(facts: Facts, stage: str, width: int) -> Traffic | None:
     elif launch.zero == 2:
         size, collectives = (passes + 1) * gradients, (passes + 1) * buckets
     else:
-        size, collectives = passes * (gradients + 2 * weights), passes * 3 * max(shape.layers, buckets)
+        gathered = 3 if stage == "dpo" else 4 if critic else 2  # DPO's reference, PPO's critic
+        size, collectives = passes * (gradients + gathered * weights), passes * (gathered + 1) * max(shape.layers, buckets)
     return Traffic(size * (ranks - 1) / ranks, collectives * (ranks - 1))
-
-
-def micro_batches(facts: Facts, stage: str) -> int:
-    """Forward and backward passes of an optimizer step on each rank."""
-    table, ranks = getattr(facts.recipe, stage), facts.recipe.launch.world
-    if stage != "ppo":
-        return facts.loader(stage)[1]
-    rows = exact_div(table.rollouts, table.minibatches, "ppo.rollouts, ppo.minibatches")
-    return rows // (min(table.micro_batch_size, rows) * ranks)
 
 
 def price(facts: Facts, link: Link) -> str:
@@ -102,6 +97,10 @@ def _brief(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
+def _rate(bandwidth: float) -> str:
+    return f"{bandwidth / 1e9:.1f} GB/s" if bandwidth >= 1e9 else f"{bandwidth / 1e6:.{0 if bandwidth >= 1e7 else 2}f} MB/s"
+
+
 def judge_links(links: list[Link], hosts: list[str], cost: Callable[[Link], str] = lambda link: "") -> Found:
     """The slowest links by name, whether they lag behind the others, and what they cost.
 
@@ -113,7 +112,7 @@ def judge_links(links: list[Link], hosts: list[str], cost: Callable[[Link], str]
     if not links:
         return
     slowest, latest = min(links, key=lambda link: link.bandwidth), max(links, key=lambda link: link.latency)
-    lossiest = max(links, key=lambda link: link.bandwidth / link.usual)
+    lossiest = max(links, key=lambda link: link.stalled)
     good = sorted((link.bandwidth for link in links), reverse=True)[len(links) // 4]  # one slow rank of four slows half
     waits = sorted(link.latency for link in links)[len(links) // 4]
 
@@ -121,15 +120,15 @@ def judge_links(links: list[Link], hosts: list[str], cost: Callable[[Link], str]
         why = "every step waits for the slowest link" + (f": {priced}" if (priced := cost(link)) else "")
         yield warning("link-slow", "launch.ranks", f"between {_named(link, hosts)}: {told}", why=why, fix=fix)
 
-    told = f"{slowest.bandwidth / 1e9:.2g} GB/s, a good link here {good / 1e9:.2g}"
+    told = f"{_rate(slowest.bandwidth)}, a good link here {_rate(good)}"
     if good > SLOW * slowest.bandwidth or slowest.bandwidth < GIGABIT:
         yield from slow(slowest, told, "see the cable, the switch, and that the network interface is the right one")
     if latest.latency > min(LATE, max(SLOW * waits, 1e-3)):
         late = f"a message takes {_brief(latest.latency)}, on a good link here {_brief(waits)}"
         yield from slow(latest, late, "put the hosts into one room, and see that the network interface is the right one")
-    if lossiest.bandwidth > LOSSY * lossiest.usual and lossiest.usual < GIGABIT:
-        lost = f"{lossiest.usual / 1e9:.2g} GB/s as a rule, {lossiest.bandwidth / 1e9:.2g} at best"
-        yield from slow(lossiest, lost, "messages are lost and sent again, or others use it: see cable and port")
+    if lossiest.stalled > LOSSY:
+        lost = f"{lossiest.stalled:.0%} of messages stall, and take {_brief(lossiest.lost / lossiest.stalled)} more"
+        yield from slow(lossiest, lost, "messages are lost and sent again, or a host is busy otherwise: see cable and port")
     text = f"{len(links)} links; slowest between {_named(slowest, hosts)}: {told}; a message takes {_brief(waits)}"
     yield note("links", "launch.ranks", text)
 

@@ -72,14 +72,10 @@ def processes(facts: Facts) -> Found:
         yield error(
             "ranks-many", "launch.ranks", text, why="they would wait for each other", fix=f"set it to {most} or less"
         )
-    elif not machine.gpus and max(threads, 1 if ranks > 1 else 0) * ranks > machine.cores:
+    elif not machine.gpus and threads * ranks > machine.cores:  # 0 shares the cores out
         text = f"{ranks} x {threads} threads on {machine.cores} cores"
         why = "threads that outnumber cores make products many times slower"
         yield error("threads-many", "model.threads", text, why=why, fix=f"set it to {max(1, machine.cores // ranks)}")
-    elif not machine.gpus and ranks > 1 and not threads:
-        text = f"each of {ranks} ranks would take all {machine.cores} cores"
-        why = "threads that outnumber cores make products many times slower"
-        yield warning("threads-many", "model.threads", text, why=why, fix=f"set it to {max(1, machine.cores // ranks)}")
     needs = {"deepspeed": ("launch.zero", recipe.launch.zero), "lm_eval": ("evals.lm_eval", recipe.evals.lm_eval)}
     for package, (key, wanted) in needs.items():
         if wanted and importlib.util.find_spec(package) is None:

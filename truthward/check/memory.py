@@ -215,10 +215,10 @@ def job_of(facts: Facts, stage: str, width: int, micro: int = 0) -> Job | None:
         least, cache = shape.parameters * width, table.rollouts * row[1] * shape.cached * width
     rank, states = table.lora_rank if lora else 0, _states(facts, stage, trained, width)
     where = (launch.world, launch.zero, launch.offload)
-    return Job(shape, states, rank, width, row, logits, least, cache, *where, _micros(facts, stage))
+    return Job(shape, states, rank, width, row, logits, least, cache, *where, micro_batches(facts, stage))
 
 
-def _micros(facts: Facts, stage: str) -> int:
+def micro_batches(facts: Facts, stage: str) -> int:
     """Micro-batches of an optimizer step on a rank."""
     table, world = getattr(facts.recipe, stage), facts.recipe.launch.world
     if stage == "ppo":

@@ -26,7 +26,7 @@ from typing import Any
 from truthward import launch, provenance
 from truthward.check.facts import Facts
 from truthward.check.findings import Finding, Found, error, rule
-from truthward.check.links import Link, judge_links, price
+from truthward.check.links import STALL, Link, judge_links, price
 from truthward.check.machine import Machine, elsewhere
 from truthward.errors import UserError
 from truthward.fingerprint import digest, hash_code
@@ -37,7 +37,7 @@ from truthward.tables import Recipe
 
 SMALL, LARGE = 8, (1 << 16, 1 << 19, 1 << 22)  # bytes of a message that measures the latency, and the bandwidth
 ENOUGH = 0.1  # seconds from which a message is large enough to tell a link's bandwidth
-TIMES = 15
+TIMES, PROBES = 15, 60  # large messages, and small ones
 AT_MOST = 90  # seconds that all links together may take, twice
 MANY = 16  # ranks over which only neighbours in the ring are measured
 PATIENCE = 300  # seconds that ranks wait for each other
@@ -139,22 +139,24 @@ def measure(device: Any, hosts: list[str]) -> list[Link]:
 
 def _time(a: int, b: int, device: Any, seconds: float) -> Link:
     """Send messages to and fro; larger ones until they take long enough, and so many as fit into the time."""
-    small = _trips(b, SMALL, device, seconds)
-    latency, size = min(small), LARGE[0]
+    small, size = _trips(b, SMALL, PROBES, device, seconds), LARGE[0]
     for size in LARGE:
         if _trip(b, size, device) > ENOUGH:
             break
-    large = _trips(b, size, device, seconds)
+    large = _trips(b, size, TIMES, device, seconds)
     _trip(b, 0, device)
-    fastest, usual = (max(t - latency, t / 2) for t in (min(large), statistics.median(large)))  # latency is noisy, too
-    return Link(a, b, latency, size / fastest, size / usual)
+    latency, fastest = min(small), min(large)
+    late = [t - best for trips, best in ((small, latency), (large, fastest)) for t in trips if t - best > STALL]
+    sent = len(small) + len(large)
+    bandwidth = size / max(fastest - latency, fastest / 2)  # latency is noisy, too
+    return Link(a, b, latency, bandwidth, len(late) / sent, sum(late) / sent)
 
 
-def _trips(other: int, size: int, device: Any, seconds: float) -> list[float]:
+def _trips(other: int, size: int, times: int, device: Any, seconds: float) -> list[float]:
     """Seconds of half a round trip, so many times as fit; the first is for warming up."""
     until = time.monotonic() + seconds
     taken = [_trip(other, size, device), _trip(other, size, device)]
-    while len(taken) < TIMES and time.monotonic() < until:
+    while len(taken) <= times and time.monotonic() < until:
         taken.append(_trip(other, size, device))
     return taken[1:]
 
