@@ -129,7 +129,7 @@ def ours(stage: str, run: Run, options: dict[str, Any]) -> Any:
     model, tokenizer, kind = models.load(run), models.load_tokenizer(run), stage.removesuffix("-all")
     micro = 1 if kind == "sft" else 2 if stage.endswith("-all") else 8
     table = Training(batch_size=micro, micro_batch_size=micro, learning_rate=RATE)
-    options = trainer_arguments(table, Launch(), run, 0) | options
+    options = trainer_arguments(table, Launch(), model.dtype, run, 0) | options
     lora = models.lora_config(16, 32, "SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
     given = {"processing_class": tokenizer, "peft_config": lora}
     rows: list[dict[str, Any]]

@@ -63,7 +63,7 @@ def run(recipe: Recipe, this: Run) -> None:
     refuse_long(lengths, table.max_length, "prompts with system prompt and answers", "distill.max_length")
     tokens = sum(len(answer) for row in rows for answer in row["answers"])
     say(f"  {len(rows)} prompts, {tokens} tokens of answers, {len(principles)} principles; {compute}")
-    arguments = trainer_arguments(table, recipe.launch, this, recipe.seed)
+    arguments = trainer_arguments(table, recipe.launch, dtype, this, recipe.seed)
     del arguments["max_length"]  # a word of TRL's
     if table.tune == "lora":
         set_seed(recipe.seed)  # for the adapter's first weights

@@ -54,7 +54,7 @@ def run(recipe: Recipe, this: Run) -> None:
     trainer = SoftRewardTrainer(
         model=position_scorer(models.load(parent, dtype), recipe.seed),
         args=RewardConfig(
-            **trainer_arguments(table, recipe.launch, this, recipe.seed), center_rewards_coefficient=table.center_coef
+            **trainer_arguments(table, recipe.launch, dtype, this, recipe.seed), center_rewards_coefficient=table.center_coef
         ),
         data_collator=partial(collate, dtype=dtype),
         train_dataset=Dataset.from_list(rows),

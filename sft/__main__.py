@@ -32,7 +32,7 @@ def run(recipe: Recipe, this: Run) -> None:
     dtype, compute = hardware.set_up(recipe.model, this)
     say(f"  {len(rows)} demonstrations, {sum(len(i) for i, _ in rows)} tokens; {compute}")
     counted = table.model_copy(update={"micro_batch_size": 1}) if table.packing else table  # a packed sequence is one row
-    arguments = trainer_arguments(counted, recipe.launch, this, recipe.seed)
+    arguments = trainer_arguments(counted, recipe.launch, dtype, this, recipe.seed)
     trainer = LeanSftTrainer(
         model=models.load(parent, dtype),
         args=SFTConfig(**arguments, packing=table.packing, completion_only_loss=False, shuffle_dataset=True),

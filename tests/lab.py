@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from truthward import models
-from truthward.ledger import CODE, Run, open_run, plan
+from truthward.ledger import CODE, Run, open_run, plan, write_text
 from truthward.principles import Principle
 from truthward.recipe import Recipe, load_recipe
 from truthward.stage import run_stage
@@ -100,7 +100,7 @@ class Lab:
 
     def recipe(self, *overrides: str) -> Recipe:
         path = self.home / "lab.toml"
-        path.write_text(RECIPE.format(home=self.home, runs=self.runs, root=ROOT), encoding="utf-8")
+        write_text(path, RECIPE.format(home=self.home, runs=self.runs, root=ROOT))  # whole: other ranks read it
         return load_recipe(path, list(overrides))
 
     def run(self, stage: str, *overrides: str) -> Run:

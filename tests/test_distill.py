@@ -46,7 +46,7 @@ def rows() -> list[dict]:
 def build(sharp, tmp_path, rows, *, micro=4, tune="lora", alpha=ALPHA, moved=False, **options) -> DistillTrainer:
     """A trainer as the stage makes it, with SGD; ``moved``: the policy has left its parent."""
     table = Distill(batch_size=4, micro_batch_size=micro)
-    arguments = trainer_arguments(table, Launch(), Run(tmp_path), seed=0)
+    arguments = trainer_arguments(table, Launch(), torch.float32, Run(tmp_path), seed=0)
     arguments |= {"max_grad_norm": 1e9, "learning_rate": 0.01, "warmup_steps": 0, "save_strategy": "no", "optim": "sgd"}
     del arguments["max_length"]
     model = copy.deepcopy(sharp[0]).requires_grad_(True)

@@ -43,7 +43,7 @@ def build(sharp, tmp_path, rows, *, micro=4, moved=True, sft_coef=0.0) -> SoftDp
     """A trainer as the stage makes it, with SGD; ``moved``: the policy has left the reference."""
     model, tokenizer = sharp
     table = Dpo(batch_size=4, micro_batch_size=micro, beta=0.1)
-    arguments = trainer_arguments(table, Launch(), Run(tmp_path), seed=0)
+    arguments = trainer_arguments(table, Launch(), torch.float32, Run(tmp_path), seed=0)
     arguments |= {"max_grad_norm": 1e9, "learning_rate": 0.01, "warmup_steps": 0, "save_strategy": "no", "optim": "sgd"}
     trainer = SoftDpoTrainer(
         model=copy.deepcopy(model),

@@ -12,7 +12,7 @@ from ppo_lab import SMALL, files, lasting, place, quiet
 
 from rl import actor_critic, state
 from rl.ppo import PpoRun
-from truthward import models
+from truthward import models, shards
 from truthward.ledger import Run, plan
 from truthward.tracking import Tracker
 
@@ -158,7 +158,7 @@ def kill_at(number: int, home: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    for module in (state, actor_critic, models):  # safetensors writes its files unseen by Python
+    for module in (shards, actor_critic, models):  # safetensors writes its files unseen by Python
         module.save_file = _announced(module.save_file)
 
 

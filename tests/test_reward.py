@@ -121,7 +121,7 @@ def test_a_pad_token_in_the_text_is_refused(tiny, where):
 
 def build(scorer, tokenizer, tmp_path, rows, *, micro=4, lora=False) -> SoftRewardTrainer:
     table = Reward(batch_size=4, micro_batch_size=micro, center_coef=0.05)
-    arguments = trainer_arguments(table, Launch(), Run(tmp_path), seed=0)
+    arguments = trainer_arguments(table, Launch(), torch.float32, Run(tmp_path), seed=0)
     arguments |= {"max_grad_norm": 1e9, "learning_rate": 0.1, "warmup_steps": 0, "save_strategy": "no", "optim": "sgd"}
     torch.manual_seed(0)
     trainer = SoftRewardTrainer(

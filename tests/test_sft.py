@@ -31,7 +31,7 @@ def build(sharp, tmp_path, rows, *, packing=False, micro=4, batch=4, lora=True, 
     """A trainer as the stage makes it, with SGD at rate 1: weights after a step are weights before less the gradient."""
     model, tokenizer = sharp
     table = Sft(batch_size=batch, micro_batch_size=micro, max_length=max(options.pop("max_length", 32), 8), packing=packing)
-    arguments = trainer_arguments(table, Launch(), Run(tmp_path), seed=0)
+    arguments = trainer_arguments(table, Launch(), torch.float32, Run(tmp_path), seed=0)
     arguments |= {"max_grad_norm": 1e9, "learning_rate": 1.0, "warmup_steps": 0, "save_strategy": "no", "optim": "sgd"}
     torch.manual_seed(0)
     return LeanSftTrainer(

@@ -31,10 +31,13 @@ from truthward.tracking import Tracker, read_metrics
 datasets.disable_progress_bars()
 
 
-def trainer_arguments(table: Training, launch: Launch, run: Run, seed: int) -> dict[str, Any]:
-    """Keyword arguments for TRL's config classes. Batch words: rows a step = micro batch * ranks * accumulation."""
+def trainer_arguments(table: Training, launch: Launch, dtype: torch.dtype, run: Run, seed: int) -> dict[str, Any]:
+    """Keyword arguments for TRL's config classes. Batch words: rows a step = micro batch * ranks * accumulation.
+
+    Args:
+        dtype: the type that the stage computes in, from :func:`truthward.hardware.set_up`.
+    """
     micro = min(table.micro_batch_size, table.batch_size)
-    dtype = getattr(torch, run.manifest["dtype"].removeprefix("torch."))
     return {
         "output_dir": str(run.path / "checkpoints"),
         "per_device_train_batch_size": micro,
