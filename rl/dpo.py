@@ -115,7 +115,9 @@ def run(recipe: Recipe, this: Run) -> None:
     trainer = SoftDpoTrainer(
         model=model,
         args=DPOConfig(
-            **trainer_arguments(table, recipe.launch, dtype, this, recipe.seed), beta=table.beta, precompute_ref_log_probs=True
+            **trainer_arguments(table, recipe.launch, dtype, this, recipe.seed),
+            beta=table.beta,
+            precompute_ref_log_probs=True,
         ),
         data_collator=partial(collate, dtype=dtype),
         train_dataset=Dataset.from_list(rows),
