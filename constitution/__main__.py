@@ -18,12 +18,10 @@ from constitution.judge import Judge, LocalJudge, RemoteJudge, Request, choice_r
 from constitution.qualify import Panel, qualify, require_qualified, to_cases
 from constitution.workshop import Rows, Workshop
 from truthward import hardware, models, stats
-from truthward.branches import attend_by_tree
 from truthward.console import progress, say
 from truthward.examples import read_examples
 from truthward.ledger import Run, write_text
 from truthward.principles import Principle, keep_copies, read_principles
-from truthward.products import quicken
 from truthward.records import Preference, Prompt, Revision, draw, read_pairs, read_rows, write_rows
 from truthward.redaction import clean
 from truthward.stage import main
@@ -99,7 +97,7 @@ def open_judge(recipe: Recipe, this: Run, parent: LocalJudge) -> Judge:
         other = this.parent("judge")
         return LocalJudge(models.load(other, parent.model.dtype), models.load_tokenizer(other))
     model, tokenizer = models.fetch_base(table.model, recipe.seed)
-    return LocalJudge(attend_by_tree(quicken(model.to(parent.model.dtype).eval())), tokenizer)
+    return LocalJudge(models.ready(model, parent.model.dtype), tokenizer)
 
 
 def announce(endpoint: Endpoint, recipe: Recipe, requests: list[Request]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from constitution.losses import distillation_loss
+from truthward import zero
 from truthward.branches import Item, plant
 from truthward.guard import check_start
 from truthward.ledger import Run
@@ -122,6 +123,7 @@ class DistillTrainer(Trainer):
         self.run, self.alpha, self.cutoff = run, alpha, cutoff
         adapted = hasattr(self.model, "disable_adapter")
         self.copy = None if adapted else copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.head: Any = None  # the parent's, which stays as it is
         self.shifts: list[float] = []
 
     def parent(self) -> AbstractContextManager[Any]:
@@ -135,8 +137,10 @@ class DistillTrainer(Trainer):
         frozen = self.copy or self.model
         with torch.no_grad(), self.parent():
             states = frozen.get_decoder()(**parent, use_cache=False).last_hidden_state[0, source]
-        head = frozen.get_output_embeddings()
-        known = (states, head.weight.detach(), None if head.bias is None else head.bias.detach())
+        if self.head is None:
+            head = frozen.get_output_embeddings()
+            self.head = zero.kept_whole(head.weight), zero.kept_whole(head.bias)
+        known = (states, *self.head)
         with diverging_head(self.model, known, weight, alpha=self.alpha, cutoff=self.cutoff):
             outputs = model(**inputs, use_cache=False)
         loss, shift = outputs.logits

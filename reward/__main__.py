@@ -52,7 +52,7 @@ def run(recipe: Recipe, this: Run) -> None:
     pairs = sum(len(row["pairs"]) for row in rows)
     say(f"  {pairs} pairs on {len(rows)} prompts, {len(held_out)} for validation; {compute}")
     trainer = SoftRewardTrainer(
-        model=position_scorer(models.load(parent, dtype), recipe.seed),
+        model=position_scorer(models.load_cut(parent, dtype, recipe.launch), recipe.seed),
         args=RewardConfig(
             **trainer_arguments(table, recipe.launch, dtype, this, recipe.seed), center_rewards_coefficient=table.center_coef
         ),

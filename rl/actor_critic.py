@@ -45,6 +45,7 @@ class ActorCritic(nn.Module):
         full: the policy gets a copy of every weight (in fp32) instead of an adapter.
         rank, alpha: of new adapters.
         temperature: of sampling; log-probabilities are scaled alike.
+        recompute: whether the backward pass computes the layers again, rather than that all they made is kept.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class ActorCritic(nn.Module):
         rank: int,
         alpha: int,
         temperature: float,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.temperature, self.dtype = temperature, base.dtype
+        self.temperature, self.dtype, self.recompute = temperature, base.dtype, recompute
         self.policy: Any = _copy(base, start) if full else None
         self.model: Any = base.requires_grad_(False)
         self._adapters: dict[str, list[nn.Parameter]] = {}
@@ -169,7 +171,7 @@ class ActorCritic(nn.Module):
         return self.model.get_base_model() if self._adapters else self.model
 
     def _hidden(self, task: str, forest: Forest) -> Tensor:
-        with self._using(task), self._precision(task):
+        with self._using(task), self._precision(task), models.recomputing(self._of(task), self.recompute):
             return self._of(task).get_decoder()(**forest.inputs(self.dtype), use_cache=False).last_hidden_state[0]
 
     def _precision(self, task: str) -> Any:

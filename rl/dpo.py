@@ -17,7 +17,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from rl.losses import dpo_loss
-from truthward import hardware, models, ranks
+from truthward import hardware, models, ranks, zero
 from truthward.branches import Item
 from truthward.console import progress, say
 from truthward.guard import check_start
@@ -93,6 +93,21 @@ def collate(rows: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> d
     )
 
 
+def reference(model: Any, items: list[Item], *, in_step: bool) -> list[list[float]]:
+    """log p of each item's answers under the parent, each rank scoring its share.
+
+    Args:
+        in_step: ranks hold a share of the weights each, and make equally many passes.
+    """
+    count = ranks.count()
+    share = [items[n % len(items)] for n in range(ranks.rank(), -(-len(items) // count) * count, count)]
+    with progress() as bar, zero.used_whole(model):
+        task = bar.add_task("dpo reference", total=len(share))
+        batch = {"tokens_a_batch": 0} if in_step else {}
+        shares = ranks.gather(answer_sums(model, share, tick=lambda n: bar.advance(task, n), **batch))
+    return [shares[number % count][number // count] for number in range(len(items))]
+
+
 def run(recipe: Recipe, this: Run) -> None:
     """Train the DPO policy and write its adapter (or weights)."""
     table, parent = recipe.dpo, this.parent("model")
@@ -105,13 +120,9 @@ def run(recipe: Recipe, this: Run) -> None:
     dtype, compute = hardware.set_up(recipe.model, this)
     pairs = sum(len(row["pairs"]) for row in rows)
     say(f"  {pairs} pairs on {len(rows)} prompts; {compute}")
-    model = models.load(parent, dtype)
-    with progress() as bar:
-        task = bar.add_task("dpo reference", total=len(items))
-        mine = answer_sums(model, items[ranks.rank() :: ranks.count()], tick=lambda n: bar.advance(task, n * ranks.count()))
-        shares = ranks.gather(mine)
-        for number, row in enumerate(rows):
-            row["ref_logprobs"] = shares[number % ranks.count()][number // ranks.count()]
+    model = models.load_cut(parent, dtype, recipe.launch)
+    for row, sums in zip(rows, reference(model, items, in_step=recipe.launch.zero == 3), strict=True):
+        row["ref_logprobs"] = sums
     trainer = SoftDpoTrainer(
         model=model,
         args=DPOConfig(

@@ -70,15 +70,17 @@ class PpoRun:
         self.device = hardware.device()
         self.sources = open_sources(table.rewards, self.dtype, self.device)
         torch.manual_seed(draw_seed(recipe.seed, "adapters"))  # new ones are drawn, and again when a run resumes
+        full = table.tune == "full"  # it begins with a copy of every weight, whole
         actor_critic = ActorCritic(
-            models.load(base, self.dtype),
+            models.load(base, self.dtype) if full else models.load_cut(base, self.dtype, recipe.launch),
             this.parent("reward").model_dir if "reward" in parents else None,
             this.parent("start").model_dir if "start" in parents else None,
             critic=table.advantage == "gae",
-            full=table.tune == "full",
+            full=full,
             rank=table.lora_rank,
             alpha=table.lora_alpha,
             temperature=table.temperature,
+            recompute=recipe.launch.gradient_checkpointing,
         )
         parts = [part for part in (actor_critic.trainable("policy"), actor_critic.trainable("value")) if part]
         self.trainable = {name: parameter for part in parts for name, parameter in part.items()}
@@ -86,7 +88,7 @@ class PpoRun:
         optimizer = torch.optim.AdamW(groups, lr=table.learning_rate, eps=1e-5, weight_decay=0.0)
         self.sampler = self._engine(actor_critic)
         critic, scored = table.advantage == "gae", "reward" in parents
-        self.work = Work(actor_critic.policy_shell(), self.dtype, full=table.tune == "full", critic=critic, scored=scored)
+        self.work = Work(actor_critic.policy_shell(), self.dtype, full=full, critic=critic, scored=scored)
         module = actor_critic.to(self.device).train()  # there is no dropout: training and sampling are the same function
         self.stepper = stepper(module, optimizer, table.max_grad_norm, recipe.launch, self.dtype, table.micro_batch_size)
         self.actor_critic, self.optimizer = self.stepper.module, self.stepper.optimizer

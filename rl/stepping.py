@@ -67,6 +67,7 @@ class ZeroStepper(Stepper):
             "gradient_accumulation_steps": 1,
         }
         filled["zero_optimization"]["overlap_comm"] &= filled["zero_optimization"]["stage"] == 2
+        zero.of_one_type(module, filled)
         engine, wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=filled, dist_init_required=False
         )

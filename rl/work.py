@@ -10,6 +10,7 @@ from torch import nn
 
 from rl.rollout import Batch
 from truthward import hardware
+from truthward.shards import elements
 
 
 class Work:
@@ -29,8 +30,8 @@ class Work:
     def __init__(self, shell: Any, dtype: torch.dtype, *, full: bool, critic: bool, scored: bool) -> None:
         head = shell.get_output_embeddings()
         modules = (m for n, m in shell.named_modules() if ".lora_" not in n and m is not head)
-        self.body = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
-        self.head = head.weight.numel()
+        self.body = sum(elements(m.weight) for m in modules if isinstance(m, nn.Linear))
+        self.head = elements(head.weight)
         self.full, self.critic, self.scored = full, critic, scored
         self.speed = hardware.measure_dtypes()[str(dtype).removeprefix("torch.")] * 1e9
         self.begin()

@@ -34,7 +34,7 @@ def run(recipe: Recipe, this: Run) -> None:
     counted = table.model_copy(update={"micro_batch_size": 1}) if table.packing else table  # a packed sequence is one row
     arguments = trainer_arguments(counted, recipe.launch, dtype, this, recipe.seed)
     trainer = LeanSftTrainer(
-        model=models.load(parent, dtype),
+        model=models.load_cut(parent, dtype, recipe.launch),
         args=SFTConfig(**arguments, packing=table.packing, completion_only_loss=False, shuffle_dataset=True),
         train_dataset=Dataset.from_list(labelled),
         processing_class=tokenizer,

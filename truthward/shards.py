@@ -154,7 +154,7 @@ class Saved:
 
     def covers(self, name: str, parameter: Any) -> bool:
         """Whether all of a parameter is there, and no more."""
-        size = getattr(parameter, "ds_numel", parameter.numel())
+        size = elements(parameter)
         return sum(length for _, length, _ in self.found.get((name, WEIGHT), [])) == size
 
     def stretch(self, name: str, what: str, start: int, count: int) -> Tensor:
@@ -171,6 +171,11 @@ class Saved:
             low, high = max(start, at), min(end, at + length)
             if low < high:
                 yield opened.get_slice(f"{name}|{at}|{what}")[low - at : high - at]
+
+
+def elements(parameter: Any) -> int:
+    """Of a parameter as a whole, wherever its stretches are."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def missing(folder: Path) -> str:

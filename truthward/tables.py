@@ -290,6 +290,9 @@ class Launch(Table):
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="what ZeRO keeps in the host's memory: optimizer states, or (stage 3) weights as well"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="layers are computed again in the backward pass: a third more work, far less memory"
+    )
     deepspeed: str | None = Field(None, description="further DeepSpeed settings (JSON), put over those of this table")
     restarts: int = Field(0, ge=0, description="times that all ranks are started again after one of them was lost")
 

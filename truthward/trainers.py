@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from truthward import chat, ranks, tables, zero
+from truthward import chat, models, ranks, tables, zero
 from truthward.branches import Forest, Item, plant
 from truthward.console import progress
 from truthward.errors import TrainingFault, UserError
@@ -56,7 +56,8 @@ def trainer_arguments(table: Training, launch: Launch, dtype: torch.dtype, run: 
         "save_total_limit": 2,
         "use_cpu": not torch.cuda.is_available() and not launch.zero,  # with it, DeepSpeed would be left out without a word
         "bf16": bool(launch.zero) and dtype == torch.bfloat16,  # else weights have the measured type, adapters fp32
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": launch.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": dict(models.CHECKPOINTING),
         "dataloader_drop_last": True,  # a smaller last micro-batch would count for more; other rows are left out each pass
         "disable_tqdm": True,
         "report_to": [],
@@ -95,6 +96,8 @@ def fit(trainer: Any, tracker: Tracker, description: str, table: tables.Guard) -
     quicken(trainer.model)  # the adapters that the trainer added
     trainer.create_model_card = lambda *args, **kwargs: None  # the record is ours, at export
     if trainer.is_deepspeed_enabled:
+        zero.of_one_type(trainer.model, trainer.args.deepspeed)
+        zero.keep_types(trainer)
         zero.keep_own_checkpoints(trainer)
     guard = Guard(table, tracker.run, TRAINER)
     with stop_on_request() as request, Watchdog(guard, trainer.args.process_index) as dog:

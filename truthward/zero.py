@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from truthward import ranks, shards
+from truthward import hardware, ranks, shards
 from truthward.tables import Launch
 
 BUCKET = 50_000_000  # elements that are reduced or gathered together
@@ -63,11 +63,12 @@ def enter(launch: Launch) -> dict[str, bool]:
     """Tell accelerate whether it works for DeepSpeed, and that a CPU's ranks are ranks; before any of its objects is made.
 
     Without a GPU it takes each process under DeepSpeed for the only one, and would give all of them the same rows; told that
-    it runs on a CPU, it would leave DeepSpeed out without a word.
+    it runs on a CPU, it would leave DeepSpeed out without a word. So transformers takes it for a GPU that does not know bf16.
 
     Returns:
         ``accelerator_config`` for a trainer's arguments.
     """
+    import transformers.training_args
     from accelerate.state import AcceleratorState, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -77,9 +78,48 @@ def enter(launch: Launch) -> dict[str, bool]:
     if not launch.zero:
         return {}
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if not torch.cuda.is_available():
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     state = PartialState(**({} if torch.cuda.is_available() else {"backend": "gloo"}))
     assert state.num_processes == ranks.count(), "accelerate counts other ranks than there are"
     return {"use_configured_state": True}
+
+
+def share_out(module: Any, launch: Launch) -> Any:
+    """Cut a module's weights into the stretches that ZeRO-3 keeps on each rank's device; called by every rank.
+
+    DeepSpeed would first put the whole model on every device, where a large one has no room. Here one parameter at a time is
+    whole, and it is the first rank's: what the others hold need not have been read (:func:`truthward.models.load_cut`).
+    """
+    import deepspeed
+
+    asked = configuration(launch, torch.float32) or {}
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": asked["zero_optimization"]}
+    cut: dict[torch.nn.Parameter, Any] = {}  # tied weights stay tied
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter not in cut:
+                held: Any = parameter
+                if parameter.is_meta:
+                    held = torch.nn.Parameter(torch.empty_like(parameter, device=hardware.device()))
+                if cut:
+                    next(iter(cut.values())).convert_to_zero_parameters(param_list=[held])
+                else:
+                    deepspeed.zero.Init(module=torch.nn.ParameterList([held]), config_dict_or_path=settings)
+                cut[parameter] = held
+            setattr(owner, name, cut[parameter])
+    for name, value in ranks.share(dict(module.named_buffers())).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, value.to(hardware.device()))
+    return module
+
+
+def of_one_type(module: Any, settings: dict[str, Any]) -> None:
+    """Give weights that came to a module after :func:`share_out` the type of the others, as DeepSpeed wants it."""
+    if settings["bf16"]["enabled"] and any(hasattr(p, "ds_id") for p in module.parameters()):
+        for parameter in module.parameters():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.bfloat16()
 
 
 @contextlib.contextmanager
@@ -95,10 +135,44 @@ def present(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def used_whole(model: Any) -> Iterator[None]:
+    """Within, a module's weights are whole while it computes, where :func:`share_out` cut them and no engine is there yet.
+
+    The ranks call the model equally often.
+    """
+    inside: dict[int, contextlib.ExitStack] = {}
+
+    def before(module: Any, _: Any) -> None:
+        inside[id(module)] = contextlib.ExitStack()
+        inside[id(module)].enter_context(present(module.parameters(recurse=False)))
+
+    def after(module: Any, *_: Any) -> None:
+        inside.pop(id(module)).close()
+
+    hooks = []
+    for module in model.modules():
+        if any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
+            hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     """A copy of all of a parameter, on the CPU of every rank. Called by every rank."""
     with present([parameter]):
         return parameter.detach().cpu().clone()
+
+
+def kept_whole(parameter: torch.nn.Parameter | None) -> torch.Tensor | None:
+    """All of a frozen parameter: itself, or a copy where ZeRO-3 shares it out. Called by every rank."""
+    if parameter is None or not hasattr(parameter, "ds_id"):
+        return None if parameter is None else parameter.detach()
+    with present([parameter]):
+        return parameter.detach().clone()
 
 
 def gathered(model: Any) -> dict[str, torch.Tensor] | None:
@@ -114,6 +188,16 @@ def gathered(model: Any) -> dict[str, torch.Tensor] | None:
                 seen[id(parameter)] = full if ranks.first() else full[:0]
             state[name] = seen[id(parameter)]
     return state
+
+
+def keep_types(trainer: Any) -> None:
+    """Let a trainer of transformers under DeepSpeed leave its inputs' types alone.
+
+    It would round whatever is no whole number to the compute type: DPO's reference log-probabilities to the next 0.5 nats.
+    """
+    from accelerate.utils import send_to_device
+
+    trainer._prepare_input = lambda inputs: send_to_device(inputs, trainer.args.device)
 
 
 def keep_own_checkpoints(trainer: Any) -> None:

@@ -137,7 +137,7 @@ def memory(facts: Facts) -> Found:
     room = machine.gpu_memory if machine.gpus else machine.memory
     why = "the stage would be killed in its midst"
     for stage, predicted in predictions(facts, machine).items():
-        share = predicted.total * (ranks if stage != "ppo" else 1) / room
+        share = predicted.total * ranks / room
         if share > FULL:
             tell = error if share > 1.1 else warning
             parts = ", ".join(f"{n} {v / GB:.1f}" for n, v in predicted._asdict().items() if v > 0.05 * GB)

@@ -118,6 +118,7 @@ class Job(NamedTuple):
         least: bytes of a phase with no activations kept, such as sampling.
         cache: keys and values of PPO's answers in bytes, over all ranks.
         micros: micro-batches of an optimizer step, on a rank.
+        recompute: whether activations are checkpointed: each layer's input is kept, and one layer's activations at a time.
     """
 
     shape: Shape
@@ -132,6 +133,7 @@ class Job(NamedTuple):
     zero: int = 0
     offload: Offload = "none"
     micros: int = 1
+    recompute: bool = False
 
 
 def under_deepspeed(states: States, width: int) -> States:
@@ -149,7 +151,10 @@ def peak(job: Job, device: Device) -> Memory:
     the step itself needs, not of all activations; gradients that are accumulated lie beside both.
     """
     shape, states, width = job.shape, job.states, job.width
-    kept = activations(shape, *job.row, job.rank, width) * WASTE[device]["trees" if job.row[2] else "packed"]
+    kept = activations(shape, *job.row, job.rank, width)
+    if job.recompute:
+        kept = kept / shape.layers + shape.layers * job.row[0] * shape.hidden * width
+    kept *= WASTE[device]["trees" if job.row[2] else "packed"]
     runtime, buffers, host, step = RUNTIME[device], 0.0, 0.0, 0.0
     if job.zero:
         states = under_deepspeed(states, width)
@@ -211,11 +216,11 @@ def job_of(facts: Facts, stage: str, width: int, micro: int = 0) -> Job | None:
     logits = 0.0 if stage == "reward" else chunk * shape.vocabulary * 4.0
     least = _scoring(facts, width) if stage == "reward" else 0.0
     cache = 0.0
-    if stage == "ppo":  # the sampler's copy of the policy, which is whole, goes before the update begins
+    if stage == "ppo" and table.engine == "local":  # the sampler's whole copy of the policy goes before the update begins
         least, cache = shape.parameters * width, table.rollouts * row[1] * shape.cached * width
     rank, states = table.lora_rank if lora else 0, _states(facts, stage, trained, width)
-    where = (launch.world, launch.zero, launch.offload)
-    return Job(shape, states, rank, width, row, logits, least, cache, *where, micro_batches(facts, stage))
+    where, micros = (launch.world, launch.zero, launch.offload), micro_batches(facts, stage)
+    return Job(shape, states, rank, width, row, logits, least, cache, *where, micros, launch.gradient_checkpointing)
 
 
 def micro_batches(facts: Facts, stage: str) -> int:

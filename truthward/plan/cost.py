@@ -25,7 +25,7 @@ class Learning(NamedTuple):
         width: bytes of weights and gradients.
         passes: forward passes without a gradient, beside the one with (a reference, scores).
         models: passes with a gradient a row (policy and critic: 2).
-        recompute: whether activations are computed again in the backward pass; this project never does it.
+        recompute: whether activations are computed again in the backward pass.
     """
 
     shape: Shape

@@ -20,10 +20,11 @@ STATE = 12  # bytes a trained parameter in a checkpoint: fp32 weights and both m
 
 
 class Place(NamedTuple):
-    """Where a stage fits: stage of ZeRO, rows of a micro-batch, its memory a rank, and whether it fits at all."""
+    """Stage of ZeRO, rows of a micro-batch, whether layers are computed twice; memory of a rank, and whether it fits."""
 
     zero: int
     micro: int
+    recompute: bool
     memory: Memory
     fits: bool
 
@@ -92,7 +93,7 @@ def _estimate(facts: Facts, stage: str, cluster: Cluster, zero: int) -> Estimate
     if job is None:
         return None
     micro = 1 if stage == "sft" and table.packing else table.micro_batch_size
-    place = _at(facts, stage, cluster, zero, micro)
+    place = _at(facts, stage, cluster, zero, micro, facts.recipe.launch.gradient_checkpointing)
     better = None if place.fits else smallest(facts, stage, cluster, micro)
     chosen = better or place
     rows = _rows(facts, stage)
@@ -100,7 +101,8 @@ def _estimate(facts: Facts, stage: str, cluster: Cluster, zero: int) -> Estimate
     micros = math.ceil(rows.rows / (busy * chosen.micro))
     models = 2 if stage == "ppo" and table.advantage == "gae" else 1
     sent_width = width if chosen.zero else job.states.gradient  # DDP sends adapters' gradients in fp32
-    learning = Learning(job.shape, job.states.trained, sent_width, 1 if stage == "dpo" else 0, models)
+    passes = 1 if stage == "dpo" else 0
+    learning = Learning(job.shape, job.states.trained, sent_width, passes, models, chosen.recompute)
     one = step(learning, cluster, rows.tokens / busy, rows.context, chosen.zero, micros)
     useful, tokens = rows.steps * one.seconds, rows.tokens
     flops = rows.steps * learning.useful(rows.tokens, rows.context)
@@ -115,11 +117,11 @@ def _estimate(facts: Facts, stage: str, cluster: Cluster, zero: int) -> Estimate
     return Estimate(stage, place, better, sent, one, speed, utilisation, useful, left, busy)
 
 
-def _at(facts: Facts, stage: str, cluster: Cluster, zero: int, micro: int) -> Place:
+def _at(facts: Facts, stage: str, cluster: Cluster, zero: int, micro: int, recompute: bool) -> Place:
     job = job_of(facts, stage, width_on(facts, cluster.kind), micro)
     assert job
-    memory = peak(placed(job, cluster, zero), cluster.kind.device)
-    return Place(zero, micro, memory, memory.total <= FULL * cluster.kind.memory)
+    memory = peak(placed(job, cluster, zero)._replace(recompute=recompute), cluster.kind.device)
+    return Place(zero, micro, recompute, memory, memory.total <= FULL * cluster.kind.memory)
 
 
 def placed(job: Job, cluster: Cluster, zero: int) -> Job:
@@ -128,12 +130,16 @@ def placed(job: Job, cluster: Cluster, zero: int) -> Job:
 
 
 def smallest(facts: Facts, stage: str, cluster: Cluster, micro: int) -> Place | None:
-    """The smallest stage of ZeRO at which a micro-batch fits; if none does, stage 3 with the largest that fits."""
+    """The smallest stage of ZeRO at which a micro-batch fits; if none does, stage 3 with the largest that fits.
+
+    Layers are computed twice only where a micro-batch of one does not fit otherwise.
+    """
     stages = range(4) if cluster.devices > 1 else range(1)
-    tries = [(zero, micro) for zero in stages]
+    tries = [(zero, micro, facts.recipe.launch.gradient_checkpointing) for zero in stages]
     while micro > 1:
         micro //= 2
-        tries.append((stages[-1], micro))
+        tries.append((stages[-1], micro, tries[0][2]))
+    tries.append((stages[-1], 1, True))
     found = (_at(facts, stage, cluster, *one) for one in tries)
     return next((place for place in found if place.fits), None)
 

@@ -82,8 +82,9 @@ def remarks(found: list[Estimate], cluster: Cluster) -> Iterator[str]:
     """What does not fit and what would; ranks without work; what the network and failures take."""
     for one in found:
         if not one.place.fits and one.better:
-            gb = one.better.memory.total / GB
-            yield f"{one.stage}: fits with launch.zero = {one.better.zero}, micro-batch {one.better.micro} ({gb:.1f} GB)"
+            better, gb = one.better, one.better.memory.total / GB
+            twice = ", launch.gradient_checkpointing" if better.recompute and not one.place.recompute else ""
+            yield f"{one.stage}: fits with launch.zero = {better.zero}{twice}, micro-batch {better.micro} ({gb:.1f} GB)"
         elif not one.place.fits:
             yield f"{one.stage}: fits at no stage of ZeRO; its largest row alone is too long, or the model too large"
         if one.busy < cluster.devices:
