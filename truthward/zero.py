@@ -63,7 +63,7 @@ def enter(launch: Launch) -> dict[str, bool]:
     """Tell accelerate whether it works for DeepSpeed, and that a CPU's ranks are ranks; before any of its objects is made.
 
     Without a GPU it takes each process under DeepSpeed for the only one, and would give all of them the same rows; told that
-    it runs on a CPU, it would leave DeepSpeed out without a word. So transformers takes it for a GPU that does not know bf16.
+    it runs on a CPU, it would leave DeepSpeed out without a word. So transformers looks for a GPU that knows bf16.
 
     Returns:
         ``accelerator_config`` for a trainer's arguments.
