@@ -49,7 +49,7 @@ def run_tasks(model: Any, tokenizer: Any, names: list[str], limit: int = 0) -> d
     if unknown:
         raise UserError(f"unknown task {', '.join(unknown)}", where="evals.lm_eval", fix="list them: lm-eval ls tasks")
     done = evaluator.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu"),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device=str(model.device)),
         tasks=list(names),
         limit=limit or None,
         task_manager=manager,

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from transformers import CohereConfig, Gemma2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, LlamaForCausalLM
 
 from truthward.branches import Item, attend_by_tree, plant
 from truthward.errors import UserError
-from truthward.models import refuse_scaled_logits
+from truthward.ledger import Run, plan
+from truthward.models import cast, compose, load, refuse_scaled_logits
 
 
 @pytest.mark.parametrize("config", [Gemma2Config(), CohereConfig()])
@@ -40,6 +41,17 @@ def test_attention_by_products_is_torchs(sharp, monkeypatch, dtype):
     monkeypatch.setattr("truthward.branches._by_products", torch_attention)
     theirs = model(**inputs).logits
     assert (ours - theirs).abs().max() < (1e-4 if dtype == torch.float32 else 0.05) * theirs.abs().max()
+
+
+def test_in_bf16_positions_are_those_of_transformers(lab):
+    """Rotary frequencies are no weights and stay in fp32: a long row's logits are those of a plain load, to the bit."""
+    run = Run.load(plan(lab.recipe())["base"].path)
+    plain = AutoModelForCausalLM.from_pretrained(run.model_dir, dtype=torch.bfloat16)
+    ids = torch.arange(3, 259).repeat(6).unsqueeze(0)
+    expected = plain(input_ids=ids).logits
+    assert torch.equal(cast(compose(run), torch.bfloat16)(input_ids=ids).logits, expected)
+    assert {b.dtype for b in load(run, torch.bfloat16).buffers() if b.is_floating_point()} == {torch.float32}
+    assert not torch.equal(compose(run).to(torch.bfloat16)(input_ids=ids).logits, expected)
 
 
 def torch_attention(module, query, key, value, attention_mask, scaling, **options):

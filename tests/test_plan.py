@@ -7,13 +7,13 @@ from check_lab import facts
 from lab import ROOT
 
 from truthward.check.facts import KNOWN, Shape
-from truthward.check.memory import GB, Job, States, peak, predict
+from truthward.check.memory import GB, WASTE, Job, States, job_of, peak, predict
 from truthward.errors import UserError
 from truthward.plan import goodput, published, scale
 from truthward.plan.cost import Learning, forward_flops, gathers, rollout, step, volume
 from truthward.plan.estimate import estimates, smallest
 from truthward.plan.machines import ACROSS, KINDS, WITHIN, Cluster, kind
-from truthward.plan.show import money, provenance, remarks, show, spoken
+from truthward.plan.show import alone, money, provenance, remarks, show, spoken
 
 H100 = KINDS["h100-80gb"]
 SEVEN = Shape(7_000_000_000, 32, 4096, 11008, 32, 8, 32000)
@@ -242,6 +242,46 @@ def test_more_gpus_take_less_time_and_price_scales():
     assert [a.place.memory.total <= b.place.memory.total for a, b in zip(eight, four, strict=True)] == [True] * 4
     assert money(3600, Cluster.of(H100, 8), 2.5) == 20
     assert money(3600, Cluster.of(H100, 8), 5) == 40
+
+
+def test_layers_that_are_computed_again_keep_their_inputs_alone():
+    """Of 32 layers one's activations, and 32 inputs of 4096 tokens x 4096 in bf16: 32 MiB each."""
+    kept, again = (peak(job(row=(4096, 4096, 0), recompute=r, micros=2), "cuda") for r in (False, True))
+    waste = WASTE["cuda"]["packed"]
+    layer = kept.activations / waste / job().shape.layers
+    assert again.activations / waste == pytest.approx(layer + job().shape.layers * 4096 * job().shape.hidden * 2)
+    assert again.total < kept.total
+
+
+def test_a_policy_that_a_server_samples_from_has_no_second_copy_here():
+    served, local = facts("cluster-8b", []), facts("cluster-8b", ['ppo.engine="local"', 'ppo.engine_url=""'])
+    assert job_of(local, "ppo", 2).least == 2 * local.shape.parameters
+    assert job_of(served, "ppo", 2).least == job_of(served, "ppo", 2).cache == 0
+
+
+def test_what_fits_only_with_layers_computed_twice_is_told_so():
+    subject, cluster = facts("cluster-8b", ["sft.max_length=8192"]), Cluster.of(KINDS["l40s-48gb"], 8)
+    found = smallest(subject, "sft", cluster, 1)
+    assert (found.zero, found.recompute) == (3, True)
+    (one, *_) = estimates(subject, cluster)
+    assert any("launch.gradient_checkpointing" in line for line in remarks([one], cluster))
+    chosen = facts("cluster-8b", ["sft.max_length=8192", "launch.gradient_checkpointing=true"])
+    assert next(estimates(chosen, cluster, 3)).place.fits
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "count"),
+    [("cluster-8b", "h100-80gb", 8), ("cluster-8b-full", "h100-80gb", 16), ("cluster-70b", "b200-192gb", 128)],
+)
+def test_every_stage_of_a_cluster_recipe_fits_where_it_is_meant_to_run(recipe, name, count):
+    subject, cluster = facts(recipe, []), Cluster.of(KINDS[name], count)
+    assert [one.stage for one in estimates(subject, cluster) if not one.place.fits] == []
+    assert list(alone(subject, cluster)) == []
+
+
+def test_stages_of_one_process_want_a_device_that_holds_the_model():
+    (line,) = alone(facts("cluster-70b", []), Cluster.of(H100, 128))
+    assert line.startswith("constitution, evals: one process holds the whole model, 131 GB, and a device has 75")
 
 
 def test_what_does_not_fit_is_told_what_would():

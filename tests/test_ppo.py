@@ -277,6 +277,20 @@ def test_the_gradient_is_that_of_plain_loops(moved):
 # ------------------------------------------------------------------------------------------------------ the correction
 
 
+def test_layers_that_are_computed_again_give_the_same_gradient(moved, monkeypatch):
+    """Gradient checkpointing: twice as many passes through a layer, policy and critic each under its own adapter."""
+    layers, calls = moved.ppo.actor_critic.policy_shell().model.layers, []
+    hooks = [layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1)) for layer in layers]
+    once, _ = step(moved)
+    kept = len(calls)
+    monkeypatch.setattr(moved.ppo.actor_critic, "recompute", True)
+    twice, _ = step(moved)
+    for hook in hooks:
+        hook.remove()
+    assert (kept > 0, len(calls)) == (True, 3 * kept)
+    assert_same(twice, once, 1e-6)
+
+
 def test_where_the_sampler_is_the_policy_the_correction_changes_nothing(moved):
     """Row 36: on by default, and 1 to rounding."""
     assert moved.ppo.table.tis_cap == 2.0

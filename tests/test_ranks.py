@@ -6,6 +6,7 @@ All jobs of a test go through one start of the ranks, since importing the librar
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -157,6 +158,25 @@ def test_whole_weights_and_offloading_do_what_one_rank_does(lab, tmp_path):
     start(jobs, tmp_path)
     for expected, together, stage, settings in pairs:
         assert_alike(found(together, stage, *settings), expected)
+
+
+@pytest.mark.slow
+def test_in_bf16_the_losses_are_near_those_of_one_rank(lab, tmp_path):
+    """Under ZeRO-3 with every weight cut; reference log-probabilities and losses stay in fp32, so DPO begins at ln 2."""
+    half, small = "model.dtype=bfloat16", f"launch.deepspeed={all_shared_out(tmp_path)}"
+    alone = bare(lab, tmp_path / "alone")
+    for stage in ("base", "sft", "constitution", "reward"):
+        alone.run(stage, WARN, half)
+    together = alone.copy(tmp_path / "together")
+    sizes = {"dpo": ALIKE["dpo"], "ppo": [*ALIKE["ppo"], "ppo.parent=sft", "ppo.iterations=1"]}
+    expected = {stage: alone.run(stage, WARN, half, *settings) for stage, settings in sizes.items()}
+    start([job(together, stage, 2, half, "launch.zero=3", small, *sizes[stage]) for stage in sizes], tmp_path)
+    (dpo, like), (ppo, one) = (
+        (read_metrics(found(together, stage, half, *sizes[stage])), read_metrics(expected[stage])) for stage in sizes
+    )
+    assert dpo[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert [row["loss"] for row in dpo] == pytest.approx([row["loss"] for row in like], rel=0.05)
+    assert ppo[0]["loss/value"] == pytest.approx(one[0]["loss/value"], rel=0.05)
 
 
 # ------------------------------------------------------------------------------------------------------------- faults

@@ -27,11 +27,11 @@ def rows() -> list[dict[str, list[int]]]:
     return [{"input_ids": ids, "labels": [IGNORE] * p + ids[p:]} for p, ids in drawn]
 
 
-def build(sharp, tmp_path, rows, *, packing=False, micro=4, batch=4, lora=True, **options) -> LeanSftTrainer:
+def build(sharp, tmp_path, rows, *, packing=False, micro=4, batch=4, lora=True, launch=None, **options) -> LeanSftTrainer:
     """A trainer as the stage makes it, with SGD at rate 1: weights after a step are weights before less the gradient."""
     model, tokenizer = sharp
     table = Sft(batch_size=batch, micro_batch_size=micro, max_length=max(options.pop("max_length", 32), 8), packing=packing)
-    arguments = trainer_arguments(table, Launch(), torch.float32, Run(tmp_path), seed=0)
+    arguments = trainer_arguments(table, launch or Launch(), torch.float32, Run(tmp_path), seed=0)
     arguments |= {"max_grad_norm": 1e9, "learning_rate": 1.0, "warmup_steps": 0, "save_strategy": "no", "optim": "sgd"}
     torch.manual_seed(0)
     return LeanSftTrainer(
@@ -106,6 +106,18 @@ def test_a_step_does_not_depend_on_accumulation_or_packing(sharp, tmp_path, rows
         assert logged[name] == pytest.approx(whole[1][name], rel=1e-5)
     for name, expected in whole[0].items():
         torch.testing.assert_close(weights[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_are_computed_again_give_the_same_step(sharp, tmp_path, rows, whole):
+    """Gradient checkpointing: each layer runs in the forward and again in the backward pass, to the same weights."""
+    trainer, calls = build(sharp, tmp_path, rows, launch=Launch(gradient_checkpointing=True)), []
+    for layer in trainer.model.get_base_model().model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    weights, logged = trained(trainer)
+    assert len(calls) == 2 * len(trainer.model.get_base_model().model.layers)
+    assert logged["grad_norm"] == pytest.approx(whole[1]["grad_norm"], rel=1e-6)
+    for name, expected in whole[0].items():
+        torch.testing.assert_close(weights[name], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_the_step_is_the_gradient_of_the_plain_loss(sharp, tmp_path, rows, whole):

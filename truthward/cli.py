@@ -58,7 +58,12 @@ def main() -> None:
     pair.set_defaults(work=_compare)
     _principles(commands.add_parser("principles", help="list and check a constitution, or compare two"))
     commands_of_the_record(commands)
-    options = parser.parse_args(_words(sys.argv[1:]))
+    options, rest = parser.parse_known_args(_words(sys.argv[1:]))
+    late = [word for word in rest if "=" in word and not word.startswith("-")] if "overrides" in options else []
+    if others := [word for word in rest if word not in late]:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if late:  # argparse knows no settings behind options
+        options.overrides += late
     work: Callable[[argparse.Namespace], None] = options.work
     sys.exit(stage.guarded(lambda: work(options)))
 

@@ -127,7 +127,7 @@ def main(name: str, work: Work, *, expand: Callable[[Recipe], list[str]] | None 
     if expand:
         parser.add_argument("--only", help="one of the runs that the stage has, e.g. evals-sft")
         parser.add_argument("--override", default="", metavar="REASON", help="go on though the gate says stop; on record")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
 
     def begin() -> None:
         recipe = load_recipe(options.recipe, options.overrides, options.why)

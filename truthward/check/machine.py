@@ -146,6 +146,10 @@ def memory(facts: Facts) -> Found:
                 f"lower {stage}.micro_batch_size" if predicted.activations > predicted.weights else "more ranks under ZeRO-3"
             )
             yield tell("memory-short", f"{stage}.micro_batch_size", text, why=why, fix=fix)
+    held = chosen_width(facts) * facts.shape.parameters
+    if machine.gpus and held > FULL * room:
+        text = f"constitution and evals hold the whole model in one process: {held / GB:.1f} GB of {room / GB:.1f}"
+        yield error("memory-short", "model.base", text, why=why, fix="take a smaller base, or a GPU with more memory")
     whole = 4 * facts.shape.parameters
     if not facts.shape.layers and whole > machine.memory:
         text = f"the base alone is {whole / GB:.0f} GB in fp32, in which it is merged; {machine.memory / GB:.1f} are free"

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from truthward.check.facts import Facts
+from truthward.check.machine import FULL
 from truthward.check.memory import GB
 from truthward.console import console, say
 from truthward.errors import UserError
-from truthward.plan.estimate import Estimate, estimates
+from truthward.plan.estimate import Estimate, estimates, width_on
 from truthward.plan.machines import Cluster, kind
 from truthward.tables import Recipe
 
@@ -49,7 +50,7 @@ def show(
     console.print(table)
     seconds = sum(one.seconds for one in found)
     say(f"in all {seconds / 86400:.2f} days, ${money(seconds, cluster, price):,.0f}; constitution, distill and evals apart")
-    for line in remarks(found, cluster):
+    for line in [*remarks(found, cluster), *alone(facts, cluster)]:
         say(f"  {line}")
     say(f"[dim]{provenance(cluster)}[/]")
     return found
@@ -98,6 +99,15 @@ def remarks(found: list[Estimate], cluster: Cluster) -> Iterator[str]:
     left = max(found, key=lambda one: one.goodput.write).goodput
     text = f"a device fails about every {spoken(left.mtbf)}; a checkpoint each {spoken(left.interval)} costs least"
     yield f"{text}, goodput {left.goodput:.1%}, stragglers take {left.stragglers:.1%}"
+
+
+def alone(facts: Facts, cluster: Cluster) -> Iterator[str]:
+    """Stages that one process does, where a device does not hold the model."""
+    whole = facts.shape.parameters * width_on(facts, cluster.kind)
+    stages = [stage for stage in ("constitution", "distill") if stage in facts.recipe.stages] + ["evals"]
+    if whole > FULL * cluster.kind.memory:
+        text = f"{', '.join(stages)}: one process holds the whole model, {whole / GB:.0f} GB"
+        yield f"{text}, and a device has {cluster.kind.memory / GB:.0f}; run them on a larger one"
 
 
 def provenance(cluster: Cluster) -> str:
