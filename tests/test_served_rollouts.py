@@ -15,6 +15,8 @@ from ppo_lab import lasting, place
 from rl.ppo import PpoRun
 from rl.served import Adapters, Served
 from truthward import models
+from truthward.check import Facts
+from truthward.check.policy import engine
 from truthward.errors import UserError
 from truthward.generate import generate
 from truthward.ledger import Run
@@ -107,6 +109,23 @@ def server(lab):
 
 def over(url: str) -> list[str]:
     return ['ppo.engine="openai"', f'ppo.engine_url="{url}"', 'unexplained="warn"']
+
+
+def test_a_launch_asks_whether_the_server_is_there(lab, server):
+    """Quiet where it lists a model; an error where PPO comes next; a warning while there is time to start it."""
+
+    def said(url: str, *more: str) -> list[str]:
+        facts = Facts(lab.recipe(*over(url), *more), "lab.toml", launching=True)
+        return [finding.level for finding in engine(facts)]
+
+    with serving(server) as url:
+        assert said(url) == []
+        server.models.clear()
+        assert said(url) == ["error"]
+    assert said(url) == ["error"]
+    assert said(url, "sft.lora_rank=2") == ["warning"]
+    assert said("http://127.0.0.1:1/v1") == ["error"]
+    assert list(engine(Facts(lab.recipe(*over(url)), "lab.toml"))) == []
 
 
 def test_a_server_that_is_given_the_policy_samples_what_the_process_would(lab, tmp_path, server):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
+from http.client import HTTPException
+
 from truthward.check.facts import Facts
 from truthward.check.findings import Found, error, note, rule, warning
 from truthward.records import Prompt
 
+PATIENCE = 10  # seconds for a server's list of models
 ENDS = 0.5  # share of the demonstrations' answers that must fit into max_new_tokens
 
 
@@ -122,6 +127,29 @@ def sizes(facts: Facts) -> Found:
             text = f"{ppo.iterations * ppo.rollouts} answers in all"
             why = "enough to see the score and the KL move, not to change a model"
             yield note("iterations-few", "ppo.iterations", text, why=why)
+
+
+@rule("engine-silent")
+def engine(facts: Facts) -> Found:
+    """Whether the server that PPO samples from is there: asked before each start, and needed once PPO is what comes next."""
+    for _, ppo in facts.uses("ppo"):
+        if ppo.engine == "local" or not facts.launching:
+            continue
+        said = _models_of(ppo.engine_url)
+        if said is not None:
+            before = facts.recipe.stages[: facts.recipe.stages.index("ppo")]
+            tell = error if all(facts.run(stage).done for stage in before) else warning
+            fix = "start it, or see docs/engines.md; every rank asks it"
+            yield tell("engine-silent", "ppo.engine_url", said, why="PPO's answers are sampled there", fix=fix)
+
+
+def _models_of(url: str) -> str | None:
+    """What is wrong with a server's list of models; None: nothing."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/models", timeout=PATIENCE) as answer:
+            return None if json.load(answer)["data"] else f"{url} serves no model"
+    except (OSError, ValueError, LookupError, TypeError, HTTPException) as fault:
+        return f"{url}/models gives no list of models: {type(fault).__name__}: {fault}"
 
 
 @rule("answers-cut")
