@@ -102,6 +102,15 @@ class TwoHosts:
         self.running.append(process)
         return process
 
+    def lose(self) -> None:
+        """The second host is without power: its link first, so that nothing says goodbye, then all that runs on it."""
+        subprocess.run(["ip", "-n", self.spaces[1], "link", "set", self.devices[1], "down"], check=True)
+        kill_all(self.spaces[1])
+
+    def find(self) -> None:
+        """It has power again."""
+        subprocess.run(["ip", "-n", self.spaces[1], "link", "set", self.devices[1], "up"], check=True)
+
     def both(self, *words: str, timeout: float = 110, **more: str) -> list[tuple[int, str]]:
         """The same on both hosts, to its end: exit codes and what they said."""
         found = [("", 0)] * 2
@@ -115,6 +124,13 @@ class TwoHosts:
         for reader in readers:
             reader.join()
         return [(process.returncode, said) for process, said in zip(started, found, strict=True)]
+
+
+def kill_all(space: str) -> None:
+    """Every process of a namespace."""
+    for pid in subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def address(host: int) -> str:
@@ -177,9 +193,7 @@ def two_hosts(*, carried: bool = False, delay: float = 0.0, loss: float = 0.0, r
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         for space in hosts.spaces:
-            for pid in subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout.split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+            kill_all(space)
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
             shutil.rmtree(ETC / space, ignore_errors=True)
         with contextlib.suppress(OSError):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -127,3 +130,28 @@ def test_a_signal_to_the_first_host_ends_both_behind_a_checkpoint(tmp_path):
         assert one.wait(60) == Interrupted.exit_code
         assert two.wait(60) != 0
     assert Run.load(path).manifest["incidents"][-1]["kind"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_host_that_is_gone_ends_the_other_and_the_run_goes_on_from_its_checkpoint(tmp_path):
+    """Without power nothing says goodbye; then both go on to the weights of a whole run."""
+    long = ['evals.models=["ppo"]', "sft.epochs=0.5", "guard.hang_seconds=20"]
+    path = planned(tmp_path / "cut", *long)["sft"]
+    with two_hosts() as hosts:
+        one, two = (hosts.start(host, *running(hosts, tmp_path / "cut", *long)) for host in (0, 1))
+        for _ in range(2400):
+            if (path / "checkpoints" / "checkpoint-5" / "trainer_state.json").exists():
+                break
+            assert (one.poll(), two.poll()) == (None, None)
+            time.sleep(0.05)
+        hosts.lose()
+        said, _ = one.communicate(timeout=90)
+        assert (one.returncode, two.wait(5)) == (1, -signal.SIGKILL), said
+        assert f"error: rank 0 on {NAMES[0]} waited for another rank in vain" in said
+        hosts.find()
+        for code, said in hosts.both(*running(hosts, tmp_path / "cut", *long), timeout=280):
+            assert code == 0, said[-4000:]
+    assert Run.load(path).manifest["resumed"] == 1
+    words = ["-m", "truthward", "run", RECIPE, f"runs={tmp_path / 'whole'}", *RUN, *long]
+    subprocess.run([sys.executable, *words], check=True, cwd=ROOT, capture_output=True)
+    assert_alike(Run.load(path), Run.load(planned(tmp_path / "whole", *long)["sft"]))

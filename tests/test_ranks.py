@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from truthward import ranks, shards
-from truthward.errors import UserError
+from truthward.errors import TrainingFault, UserError
 from truthward.ledger import Run, joint_directory, plan
+from truthward.stage import guarded
 from truthward.tables import Launch
 from truthward.tracking import read_metrics
 
@@ -307,6 +308,34 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
         parameter = nn.Parameter(torch.zeros(size))
         with pytest.raises(UserError, match=f"does not hold {name}"):
             shards.read(tmp_path, {name: parameter}, torch.optim.AdamW([parameter]))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("[/build/gloo/tcp/pair.cc:5] Connection closed by peer [10.0.0.2]:1"), "Connection closed by peer"),
+        (torch.distributed.DistBackendError("NCCL timed out"), "NCCL timed out"),
+        (RuntimeError("shapes differ"), ""),
+        (ValueError("gloo/"), ""),
+    ],
+)
+def test_an_error_of_a_collective_is_told_as_a_lost_rank(monkeypatch, capsys, error, said):
+    def work():
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if not said:
+        with pytest.raises(type(error)):
+            guarded(work)
+        return
+    assert guarded(work) == TrainingFault.exit_code
+    told = capsys.readouterr().err
+    assert told.startswith("error: rank 1 on ")
+    assert f"waited for another rank in vain: {said}" in told
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(type(error)):
+        guarded(work)
 
 
 def test_as_many_processes_as_the_recipe_says(monkeypatch):

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import errno
 import os
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -127,6 +128,15 @@ def lead(work: Callable[[], T]) -> T:
         trouble.told = not first()  # type: ignore[union-attr]
         raise trouble
     return value
+
+
+def lost(error: BaseException) -> str:
+    """What an error of a collective says of another rank, which is gone, hung or out of reach; empty for any other error."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    collective = "gloo/" in text or type(error).__name__.startswith("Dist")  # NCCL's and the store's have types
+    if count() == 1 or not isinstance(error, RuntimeError) or not collective:
+        return ""
+    return f"rank {rank()} on {socket.gethostname()} waited for another rank in vain: {text.partition('] ')[2] or text}"
 
 
 @contextlib.contextmanager

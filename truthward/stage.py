@@ -52,12 +52,14 @@ def guarded(work: Callable[[], None]) -> int:
     except Exception as error:
         if getattr(error, "told", False):
             return 2
-        refused = refusal(error)
-        if not refused:
+        refused, gone = refusal(error), ranks.lost(error)
+        if not refused and not gone:
             raise
-        said = f"{inert(refused)}\n  to do: make room, give write permission or take another path; run the same command"
-        print(f"error: {said}", file=sys.stderr)
-        return 2
+        fix = "make room, give write permission or take another path; run the same command"
+        if gone:
+            fix = "see what the others say; the same command goes on from the last checkpoint, also on fewer ranks"
+        print(f"error: {inert(refused or gone)}\n  to do: {fix}", file=sys.stderr)
+        return TrainingFault.exit_code if gone else 2
     return 0
 
 

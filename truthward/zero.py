@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,8 @@ def enter(launch: Launch) -> dict[str, bool]:
     if not launch.zero:
         return {}
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)  # it tells at each start whose accumulation holds
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls that are DeepSpeed's
     if not torch.cuda.is_available():
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     state = PartialState(**({} if torch.cuda.is_available() else {"backend": "gloo"}))
