@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from truthward.check import Facts, examine
 from truthward.check.machine import Machine
 from truthward.check.memory import GB
 from truthward.errors import UserError
+from truthward.ledger import Run, is_done, plan
 from truthward.models import TINY
 from truthward.reasons import missing_reasons
 from truthward.recipe import load_recipe
@@ -36,7 +39,7 @@ STAY = {  # what decides which code runs
         "group_size",
     ),
     "constitution": ("parent", "ways", "rounds", "samples", "principles"),
-    "launch": ("zero", "offload", "deepspeed", "restarts"),
+    "launch": ("zero", "offload", "deepspeed", "gradient_checkpointing", "restarts"),
     "judge": ("methods", "bank"),
     "evals": ("sets", "models"),
 }
@@ -156,3 +159,16 @@ def test_a_row_of_any_length_fits(tmp_path):
         json.loads((Path(small.model.base) / "config.json").read_text())["max_position_embeddings"] >= small.sft.max_length
     )
     assert facts.folder == Path(small.model.base)
+
+
+@pytest.mark.slow
+def test_the_largest_recipe_runs_to_its_end(tmp_path):
+    """Every stage by the one command that a cluster is given: all weights, ZeRO-3, layers computed again, on two ranks."""
+    words = [sys.executable, "-m", "truthward", "run", "recipes/cluster-70b.toml", f"runs={tmp_path}", "--shrink"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    recipe = load_recipe(tmp_path / "cluster-70b-shrunk" / "recipe.toml")
+    assert all(is_done(this.path) for this in plan(recipe).values())
+    launch = Run.load(plan(recipe)["ppo"].path).manifest["recipe"]["launch"]
+    assert (launch["zero"], launch["ranks"], launch["gradient_checkpointing"]) == (3, 2, True)
+    assert "shrunk from" in (tmp_path / "cluster-70b-shrunk" / "report.html").read_text(encoding="utf-8")
