@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,13 +28,13 @@ from truthward.stage import guarded, run_stage
 from truthward.tables import Recipe
 
 WAYS = {
-    "one rank, two threads": ("launch.ranks=1", "launch.zero=0", "model.threads=2"),
-    "two ranks": ("launch.ranks=2", "launch.zero=0", "model.threads=1"),
-    "two ranks, ZeRO-1": ("launch.ranks=2", "launch.zero=1", "model.threads=1"),
-    "two ranks, ZeRO-2": ("launch.ranks=2", "launch.zero=2", "model.threads=1"),
-    "two ranks, ZeRO-3": ("launch.ranks=2", "launch.zero=3", "model.threads=1"),
+    "one rank, two threads": ("launch.ranks=1", "launch.zero=0"),
+    "two ranks": ("launch.ranks=2", "launch.zero=0"),
+    "two ranks, ZeRO-1": ("launch.ranks=2", "launch.zero=1"),
+    "two ranks, ZeRO-2": ("launch.ranks=2", "launch.zero=2"),
+    "two ranks, ZeRO-3": ("launch.ranks=2", "launch.zero=3"),
 }
-SIZES = ("sft.batch_size=4", "sft.packing=false", "sft.micro_batch_size=2", "sft.checkpoint_every=1000")
+SIZES = ("model.threads=0", "sft.batch_size=4", "sft.packing=false", "sft.micro_batch_size=2", "sft.checkpoint_every=1000")
 
 
 class Clock(TrainerCallback):
@@ -77,7 +78,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for way, settings in WAYS.items():
             folder = f"{scratch}/{len(found)}"
-            run_stage(recipe_of(path, folder), "base", base.run)
+            if found:
+                shutil.copytree(f"{scratch}/base", folder)
+            else:
+                run_stage(recipe_of(path, folder), "base", base.run)
+                shutil.copytree(folder, f"{scratch}/base")
             count = int(settings[0].partition("=")[2])
             words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__, "--work"]
             environment = {
