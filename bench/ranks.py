@@ -27,7 +27,9 @@ from truthward.recipe import load_recipe
 from truthward.stage import guarded, run_stage
 from truthward.tables import Recipe
 
+ONE_CORE = "one rank, one core"
 WAYS = {
+    ONE_CORE: ("launch.ranks=1", "launch.zero=0"),
     "one rank, two threads": ("launch.ranks=1", "launch.zero=0"),
     "two ranks": ("launch.ranks=2", "launch.zero=0"),
     "two ranks, ZeRO-1": ("launch.ranks=2", "launch.zero=1"),
@@ -92,10 +94,13 @@ def main() -> None:
                 "PYTHONPATH": os.getcwd(),
             }
             words += [path, folder, str(steps), *settings]
-            done = subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            pinned = ["taskset", "-c", str(min(os.sched_getaffinity(0)))] if way == ONE_CORE else []
+            done = subprocess.run(
+                [*pinned, sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
             (line,) = [line for line in done.stdout.splitlines() if line.startswith("MEASURED")]
             found[way] = json.loads(line.removeprefix("MEASURED"))
-    (first, _), *_ = found.values()
+    first = found["one rank, two threads"][0]
     print(f"| SFT, {Path(path).stem}, 4 rows a step, {steps - 1} steps | s a step | against one rank | peak GB a rank |")
     print("|---|---|---|---|")
     for way, (seconds, peak) in found.items():
