@@ -281,6 +281,13 @@ def test_ranks_that_do_not_answer_are_found(monkeypatch):
     assert [(f.level, f.where) for f in found] == [("error", "launch.ranks")]
 
 
+def test_a_server_that_is_not_there_is_found_before_a_launch():
+    served = ['ppo.engine="openai"', 'ppo.engine_url="http://127.0.0.1:1/v1"']
+    (found,) = find("engine-silent", facts("laptop", served, launching=True))
+    assert (found.level, found.where) == ("warning", "ppo.engine_url")  # PPO does not come next
+    assert find("engine-silent", facts("laptop", served)) == []
+
+
 # --------------------------------------------------------------------------------------------------------------- rewards
 
 FUNCTIONS = """
