@@ -188,7 +188,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=["export", "lora", "full"], help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if any(side.startswith("trl") for side in options.sides) and not options.child and not Path(options.trl).exists():
+        parser.error(f"{options.trl} is not there: make bench-ppo sets it up, or name another by --trl")
+    return options
 
 
 def main() -> None:
