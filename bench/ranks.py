@@ -1,8 +1,8 @@
 """Two ranks beside one: seconds of an optimizer step of SFT on the same cores, plainly and under each stage of ZeRO.
 
-``python bench/ranks.py RECIPE [STEPS]``. One rank has two threads, two ranks have one each, so that all have two cores; the
-rows of a step are the same. Medians over the steps but the first, and the largest rank's peak of memory. Each way is a start
-of its own; everything is written to a folder that is gone afterwards.
+``python bench/ranks.py RECIPE [STEPS]``. One rank has two threads, two ranks have one each, so that all have two cores,
+but one rank on a single core; the rows of a step are the same. Medians over the steps but the first, and the largest rank's
+peak of memory. Each way is a start of its own; everything is written to a folder that is gone afterwards.
 """
 
 from __future__ import annotations

@@ -101,6 +101,15 @@ def planned(runs: Path, *changes: str) -> dict[str, Path]:
     return {name: this.path for name, this in plan(recipe).items()}
 
 
+def await_checkpoint(path: Path, *running: subprocess.Popen) -> None:
+    """Wait for the fifth step's, while all of these go on."""
+    for _ in range(2400):
+        if (path / "checkpoints" / "checkpoint-5" / "trainer_state.json").exists():
+            break
+        assert [process.poll() for process in running] == [None] * len(running)
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_one_command_on_both_hosts_runs_everything_once(tmp_path):
     """The first host alone makes the base and scores, both train, and each has checked its links before."""
@@ -121,11 +130,7 @@ def test_a_signal_to_the_first_host_ends_both_behind_a_checkpoint(tmp_path):
     path = planned(tmp_path, unscored, long)["sft"]
     with two_hosts() as hosts:
         one, two = (hosts.start(host, *running(hosts, tmp_path, unscored, long)) for host in (0, 1))
-        for _ in range(2400):
-            if (path / "checkpoints" / "checkpoint-5" / "trainer_state.json").exists():
-                break
-            assert (one.poll(), two.poll()) == (None, None)
-            time.sleep(0.05)
+        await_checkpoint(path, one, two)
         one.terminate()
         assert one.wait(60) == Interrupted.exit_code
         assert two.wait(60) != 0
@@ -139,11 +144,7 @@ def test_a_host_that_is_gone_ends_the_other_and_the_run_goes_on_from_its_checkpo
     path = planned(tmp_path / "cut", *long)["sft"]
     with two_hosts() as hosts:
         one, two = (hosts.start(host, *running(hosts, tmp_path / "cut", *long)) for host in (0, 1))
-        for _ in range(2400):
-            if (path / "checkpoints" / "checkpoint-5" / "trainer_state.json").exists():
-                break
-            assert (one.poll(), two.poll()) == (None, None)
-            time.sleep(0.05)
+        await_checkpoint(path, one, two)
         hosts.lose()
         said, _ = one.communicate(timeout=90)
         assert (one.returncode, two.wait(5)) == (1, -signal.SIGKILL), said

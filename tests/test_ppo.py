@@ -274,9 +274,6 @@ def test_the_gradient_is_that_of_plain_loops(moved):
     assert_same(got, expected, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ the correction
-
-
 def test_layers_that_are_computed_again_give_the_same_gradient(moved, monkeypatch):
     """Gradient checkpointing: twice as many passes through a layer, policy and critic each under its own adapter."""
     layers, calls = moved.ppo.actor_critic.policy_shell().model.layers, []
@@ -289,6 +286,9 @@ def test_layers_that_are_computed_again_give_the_same_gradient(moved, monkeypatc
         hook.remove()
     assert (kept > 0, len(calls)) == (True, 3 * kept)
     assert_same(twice, once, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ the correction
 
 
 def test_where_the_sampler_is_the_policy_the_correction_changes_nothing(moved):
