@@ -1,6 +1,8 @@
 """Who may import whom, and how long things may be. Every rule is also shown to fail on a planted violation."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,12 @@ def test_a_long_file_and_a_long_function_are_found(plant):
     function = "class A:\n    def long(self):\n" + "        x = 1\n" * 60
     assert too_long(plant("rl/file.py", function), PACKAGES) == ["rl/file.py:2 long"]
     assert too_long(plant("rl/file.py", function.removesuffix("        x = 1\n")), PACKAGES) == []
+
+
+def test_a_command_that_trains_nothing_starts_without_torch():
+    """It is most of the seconds that ``truthward why`` would take."""
+    asked = "import sys, truthward.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], check=False, cwd=ROOT).returncode == 0
 
 
 def test_imports_are_absolute_as_the_hash_of_the_code_needs():

@@ -144,12 +144,13 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _lead(options: argparse.Namespace, recipe: Recipe, hosts: launch.Hosts) -> None:
-    """Run every stage that is not done; the other hosts are told of those that run on all."""
-    hosts.tell(launch.CHECK)
-    stage.check_first(options, recipe)
+    """Run every stage that is not done, and check before it; the other hosts are told of what runs on all."""
+    if not all(_settled(planned.path) for planned in plan(recipe).values()):
+        hosts.tell(launch.CHECK)
+        stage.check_first(options, recipe)
     try:
         for name, planned in plan(recipe).items():
-            if is_done(planned.path) and not _blocked(planned.path):
+            if _settled(planned.path):
                 say(f"[bold]{name}[/] up to date  [dim]{plain(planned.path)}[/]")
                 continue
             if launch.on_many(recipe, planned.stage):
@@ -190,10 +191,12 @@ def _launch(options: argparse.Namespace) -> None:
     tell(printed(_load(options), stage.given(options), options.kind).rstrip("\n"))
 
 
-def _blocked(path: Path) -> bool:
-    """Whether a gate stopped the pipeline here and nobody overrode it."""
+def _settled(path: Path) -> bool:
+    """Whether a run is complete, and no gate stopped the pipeline at it without being overridden."""
+    if not is_done(path):
+        return False
     gate = Run.load(path).manifest.get("gate") or {}
-    return gate.get("mode") == "block" and not gate.get("override")
+    return gate.get("mode") != "block" or bool(gate.get("override"))
 
 
 def _report(options: argparse.Namespace) -> None:

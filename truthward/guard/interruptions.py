@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -76,7 +77,7 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
-        self.guard, self.clock, self.end = guard, clock, end
+        self.guard, self.rank, self.clock, self.end = guard, rank, clock, end
         self.path = guard.run.path / f"stacks-rank{rank}.txt"
         self.steps: deque[float] = deque(maxlen=guard.table.window)
         self._over = threading.Event()
@@ -116,7 +117,8 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self.guard.run.incident("hung", step=self.step + 1, action="stopped", **evidence)
         print(
-            f"error: step {self.step + 1} of {self.guard.run.path} did not end in {waited:.0f} seconds\n"
+            f"error: rank {self.rank} on {socket.gethostname()}: step {self.step + 1} of {self.guard.run.path} did not end "
+            f"in {waited:.0f} seconds\n"
             f"  to do: {self.path} says where each thread was; the same command goes on from the last checkpoint",
             file=sys.stderr,
             flush=True,

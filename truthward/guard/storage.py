@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from truthward.ledger import Run
-from truthward.shards import missing
 
 REFUSALS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -42,6 +41,8 @@ def damage(checkpoint: Path) -> str:
     for file in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         if not _whole(file):
             return f"{file.relative_to(checkpoint)} is cut off or damaged ({file.stat().st_size} bytes)"
+    from truthward.shards import missing  # loads torch, which a command that trains nothing does without
+
     return missing(checkpoint)
 
 
