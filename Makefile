@@ -6,9 +6,10 @@ RUNS ?= runs/laptop
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRL_READY := $(TRL_VENV)/.ready
+BENCHES := $(addprefix bench-,branches rollout trainers ppo harness revisions synthetic guard)
 latest = $$(ls -dt $(RUNS)/$(1)-* | head -n 1)
 
-.PHONY: demo test test-lm-eval check bench bench-ppo clean
+.PHONY: demo test test-lm-eval check clean bench $(BENCHES)
 
 demo: $(READY)
 	$(BIN)/truthward run recipes/laptop.toml
@@ -26,21 +27,36 @@ check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# every comparison with a peer or a plainer way, on the runs that the demo left in RUNS; about an hour on two cores
-bench: $(READY)
+# every comparison with a peer or a plainer way, on the runs that the demo left in RUNS; any one also alone
+bench: $(BENCHES)
+
+$(BENCHES): $(READY)
+
+bench-branches:
 	$(BIN)/python bench/branches.py $(call latest,dpo)
+
+bench-rollout:
 	$(BIN)/python bench/rollout.py $(call latest,sft)
-	$(BIN)/python bench/revisions.py $(RUNS)
+
+bench-trainers:
+	$(BIN)/python bench/trainers.py $(call latest,sft)
+
+# TRL took PPO out after 1.12, so that it gets an environment of its own
+bench-ppo: $(TRL_READY)
+	$(BIN)/python bench/ppo.py $(RUNS) --trl $(TRL_VENV)/bin/python
+
+bench-harness:
 	$(BIN)/pip install -q -c constraints.txt lm-eval==0.4.13
 	$(BIN)/python bench/harness.py $(call latest,sft)
-	$(BIN)/python bench/trainers.py $(call latest,sft)
-	$(BIN)/python bench/synthetic.py
-	$(BIN)/python bench/guard.py
-	$(MAKE) bench-ppo
 
-# TRL took PPO out after 1.12, so that it gets an environment of its own; about half an hour on two cores
-bench-ppo: $(READY) $(TRL_READY)
-	$(BIN)/python bench/ppo.py $(RUNS) --trl $(TRL_VENV)/bin/python
+bench-revisions:
+	$(BIN)/python bench/revisions.py $(RUNS)
+
+bench-synthetic:
+	$(BIN)/python bench/synthetic.py
+
+bench-guard:
+	$(BIN)/python bench/guard.py
 
 # torch is named first: with it installed, nothing else pulls in a larger build
 $(READY): pyproject.toml constraints.txt
