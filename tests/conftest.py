@@ -13,7 +13,7 @@ import pytest
 import torch
 from fault_lab import SFT, STEPS
 from hypothesis import settings
-from lab import PARENTS, Lab, furnish, sharpen
+from lab import PARENTS, ROOT, Lab, furnish, sharpen
 
 from truthward import models
 from truthward.branches import attend_by_tree
@@ -23,6 +23,12 @@ from truthward.tracking import read_metrics
 torch.set_num_threads(1)
 settings.register_profile("plain", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("plain")
+
+
+@pytest.fixture
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths of recipes and data are read from the repository's root."""
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,7 @@ from truthward.recipe import load_recipe
 
 TEST_ROW = json.loads((ROOT / "data/truth/test/space-astronomy.jsonl").read_text().splitlines()[0])
 
-
-@pytest.fixture(autouse=True)
-def _at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 @pytest.fixture

@@ -4,14 +4,11 @@ import json
 
 import pytest
 from check_lab import Planted, assert_found, facts, find, ids, pair
-from lab import ROOT, write
+from lab import write
 
 MADE = {"parents": {}, "recipe": {"name": "laptop", "stages": ["sft"], "model": {"base": "x"}}}
 
-
-@pytest.fixture(autouse=True)
-def _at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 FUNCTIONS = """

@@ -18,10 +18,7 @@ SENTENCES = [
     f"Statement {n} is about {word} alone." for n, word in enumerate(["tea", "salt", "iron", "bees", "rain", "sand"] * 12)
 ]
 
-
-@pytest.fixture(autouse=True)
-def _at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def bank(folder, name, made):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from check_lab import Planted, assert_found, demonstration, facts, find, ids, pair, rows
-from lab import ROOT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,10 +15,7 @@ PLAIN = (
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 
-
-@pytest.fixture(autouse=True)
-def _at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def base(*special: str, template: str | None = None, eos: str = "<|im_end|>", normalizer=None, vocabulary: int = 259):

@@ -4,15 +4,11 @@ import json
 
 import pytest
 from check_lab import Planted, assert_found, facts, find, ids, rows
-from lab import ROOT
 
 from truthward.check.ranges import RANGES, names
 from truthward.check.training import PEAKS, SIZES, highest_rate
 
-
-@pytest.fixture(autouse=True)
-def _at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def deepspeed(**config):

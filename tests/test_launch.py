@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import ROOT
 from torch.distributed.run import get_args_parser
 
 from truthward import clusters, launch
@@ -25,10 +24,7 @@ TINY, GIVEN = "recipes/tiny.toml", ["recipes/tiny.toml", "ppo.kl_coef=0.02", "--
 TWO = ["launch.ranks=2", "launch.hosts=2", "launch.rendezvous=node0:29501", "launch.restarts=3"]
 SIZES = ["sft.batch_size=4", "reward.batch_size=8", "dpo.batch_size=8", "ppo.rollouts=16"]
 
-
-@pytest.fixture(autouse=True)
-def _at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def recipe(*overrides):

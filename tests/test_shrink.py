@@ -44,10 +44,7 @@ STAY = {  # what decides which code runs
     "evals": ("sets", "models"),
 }
 
-
-@pytest.fixture(autouse=True)
-def _at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def shrunk(name, tmp_path, *overrides, ranks=2):
