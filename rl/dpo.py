@@ -4,6 +4,9 @@ One row is a prompt with all its pairs, as in Ouyang et al. 2022, section 3.5: e
 however many pairs it is in, the prompt once for all answers, without padding, and only positions that predict an answer
 pass through the LM head (:mod:`truthward.branches`). The reference is the parent model; its log-probabilities are computed
 once, before training, and the first loss is asserted to be ln 2.
+
+Beside prompts with pairs stand the base's own answers to ordinary prompts (:mod:`truthward.replay`); at each of their
+tokens the policy is held to the base's distribution, ``+ replay_coef * KL(base || policy)``.
 """
 
 from __future__ import annotations
@@ -14,19 +17,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from rl.losses import dpo_loss
-from truthward import hardware, models, ranks, zero
+from rl.losses import DpoLoss, dpo_loss, dpo_positive_loss
+from truthward import hardware, models, ranks, replay, zero
 from truthward.branches import Item
 from truthward.console import progress, say
 from truthward.guard import check_start
 from truthward.head import scoring_head
 from truthward.ledger import Run
 from truthward.records import by_prompt, draw, read_preferences
+from truthward.replay import Replay
 from truthward.score import answer_sums
 from truthward.stage import main
-from truthward.tables import Recipe
+from truthward.tables import Dpo, Recipe
 from truthward.tracking import tracked
 from truthward.trainers import fit, plant_pairs, refuse_long, to_row, trainer_arguments
 
@@ -35,7 +40,8 @@ class SoftDpoTrainer(DPOTrainer):
     """The loss of :mod:`rl.losses` on TRL's loop, for rows that already hold tokens and reference log-probabilities."""
 
     run: Run
-    sft_coef: float = 0.0
+    table: Dpo
+    replay: Replay | None = None
     model: Any
     _signature_columns: Any
 
@@ -46,48 +52,80 @@ class SoftDpoTrainer(DPOTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "answer_ids", "ref_logprobs", "pairs", "probability"]
+        self._signature_columns = ["prompt_ids", "answer_ids", "ref_logprobs", "pairs", "probability", "replies"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ref, pairs, probability, weight = (inputs.pop(k) for k in ("ref_logprobs", "pairs", "probability", "weight"))
-        target, branch = inputs.pop("target"), inputs.pop("branch")
-        with scoring_head(self.model, target):
+        target, branch, replied = (inputs.pop(k) for k in ("target", "branch", "replies"))
+        anchor = self.replay.anchor(replied) if self.replay and replied else None
+        with scoring_head(self.model, target, anchor=anchor):
             outputs = model(**inputs, use_cache=False)
-        logprobs, _ = outputs.logits
-        sums = torch.zeros_like(ref).index_add(0, branch, logprobs)
-        chosen, rejected = pairs.unbind(1)
-        loss = dpo_loss(sums[chosen], sums[rejected], ref[chosen], ref[rejected], probability, beta=self.beta)
-        nll = -sums[chosen] / torch.bincount(branch)[chosen]  # a token (Pang et al. 2024, arXiv 2404.19733)
+        logprobs, divergence = outputs.logits[0].split([len(target), outputs.logits.shape[1] - len(target)])
+        sums, tokens = torch.zeros_like(ref).index_add(0, branch, logprobs), torch.bincount(branch)
+        loss = pair_loss(self.table, sums, ref, tokens, pairs, probability)
+        chosen = pairs[:, 0]
+        nll = -sums[chosen] / tokens[chosen]  # a token (Pang et al. 2024, arXiv 2404.19733)
         margins = loss.chosen_rewards - loss.rejected_rewards
+        drift = self._replayed(divergence, replied)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, values in (
-            ("rewards/chosen", loss.chosen_rewards),
-            ("rewards/rejected", loss.rejected_rewards),
-            ("rewards/margins", margins),
-            ("rewards/accuracies", (margins > 0).float()),
-            ("nll/chosen", nll.detach()),
+        for name, value in (
+            ("rewards/chosen", (loss.chosen_rewards * weight).sum()),
+            ("rewards/rejected", (loss.rejected_rewards * weight).sum()),
+            ("rewards/margins", (margins * weight).sum()),
+            ("rewards/accuracies", ((margins > 0).float() * weight).sum()),
+            ("nll/chosen", (nll.detach() * weight).sum()),
+            *([("replay/kl", drift.detach())] if self.replay else []),
         ):
-            metrics[name].append(self.accelerator.gather((values * weight).sum()).mean().item())
+            metrics[name].append(self.accelerator.gather(value).mean().item())
         preference = (loss.losses * weight).sum()
-        if self.state.global_step == 0:
+        if self.state.global_step == 0 and self.table.loss != "length_normalised":
             exact = self.model.dtype == torch.float32
             check_start("dpo loss", preference.item(), math.log(2), 1e-3 if exact else 0.05, self.run)
-        total = preference + self.sft_coef * (nll * weight).sum()
+        total = preference + self.table.sft_coef * (nll * weight).sum() + self.table.replay_coef * drift
         return (total, outputs) if return_outputs else total
 
+    def _replayed(self, divergence_M: Tensor, replied: list[int]) -> Tensor:
+        """Mean KL(base || policy) a token: of each answer, then over as many answers as a micro-batch has on average."""
+        if not self.replay or not replied:
+            return divergence_M.sum()
+        lengths = [len(self.replay.items[n].answers[0]) for n in replied]
+        expected = self.args.per_device_train_batch_size * self.table.replay_share
+        return torch.stack([part.mean() for part in divergence_M.split(lengths)]).sum() / expected
 
-def collate(rows: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A micro-batch of prompts as one row of trees, for a model of this type."""
+
+def pair_loss(table: Dpo, sums: Tensor, ref: Tensor, tokens: Tensor, pairs: Tensor, probability: Tensor) -> DpoLoss:
+    """The recipe's loss of every pair.
+
+    Args:
+        sums, ref: log p of each answer under policy and reference ``[A]``; ``tokens`` ``[A]`` their lengths.
+        pairs: numbers of the chosen and the rejected answer ``[P, 2]``.
+    """
+    if table.loss == "length_normalised":  # Meng et al. 2024, arXiv 2405.14734, appendix; Lambert et al. 2024, 2411.15124
+        sums, ref = sums / tokens, ref / tokens
+    chosen, rejected = pairs.unbind(1)
+    given = (sums[chosen], sums[rejected], ref[chosen], ref[rejected], probability)
+    if table.loss == "positive":
+        return dpo_positive_loss(*given, beta=table.beta, positive_coef=table.positive_coef)
+    return dpo_loss(*given, beta=table.beta)
+
+
+def collate(
+    rows: list[dict[str, Any]], dtype: torch.dtype = torch.float32, replayed: Replay | None = None
+) -> dict[str, Any]:
+    """A micro-batch of prompts as one row of trees, for a model of this type; replayed answers stand behind them."""
     forest, paired = plant_pairs(rows)
+    replied = [number for row in rows for number in row.get("replies", ())] if replayed else []
+    whole = plant_pairs(rows, [replayed.items[n] for n in replied])[0] if replayed and replied else forest
     return (
         paired
-        | forest.inputs(dtype)
+        | whole.inputs(dtype)
         | {
-            "logits_to_keep": forest.source,
+            "logits_to_keep": whole.source,
             "target": forest.target,
             "branch": forest.branch,
+            "replies": replied,
             "ref_logprobs": torch.tensor([value for r in rows for value in r["ref_logprobs"]]),
         }
     )
@@ -120,6 +158,11 @@ def run(recipe: Recipe, this: Run) -> None:
     dtype, compute = hardware.set_up(recipe.model, this)
     pairs = sum(len(row["pairs"]) for row in rows)
     say(f"  {pairs} pairs on {len(rows)} prompts; {compute}")
+    replayed = None
+    if table.replay:
+        replayed = replay.anchored(replay.replies(recipe, table, this, dtype), this, dtype)
+        for row, numbers in zip(rows, replay.share_out(len(replayed.items), len(rows), table.replay_share), strict=True):
+            row["replies"] = numbers
     model = models.load_cut(parent, dtype, recipe.launch)
     for row, sums in zip(rows, reference(model, items, in_step=recipe.launch.zero == 3), strict=True):
         row["ref_logprobs"] = sums
@@ -130,15 +173,15 @@ def run(recipe: Recipe, this: Run) -> None:
             beta=table.beta,
             precompute_ref_log_probs=True,
         ),
-        data_collator=partial(collate, dtype=dtype),
+        data_collator=partial(collate, dtype=dtype, replayed=replayed),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=models.lora_config(table.lora_rank, table.lora_alpha) if table.tune == "lora" else None,
     )
-    trainer.run, trainer.sft_coef = this, table.sft_coef
+    trainer.run, trainer.table, trainer.replay = this, table, replayed
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "dpo", recipe.guard)
-        models.save(this, trainer.model)
+        models.save(this, trainer.model, scale=table.scale)
         last = [h for h in trainer.state.log_history if "loss" in h][-1]
         this.finish(metrics={"pairs": pairs, "steps": steps, "loss": last["loss"], "accuracy": last["rewards/accuracies"]})
 

@@ -62,6 +62,31 @@ def dpo_loss(
     return DpoLoss(losses, chosen.detach(), rejected.detach())
 
 
+def dpo_positive_loss(
+    policy_chosen_logprobs: Tensor,
+    policy_rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    probability: Tensor,
+    *,
+    beta: float,
+    positive_coef: float,
+) -> DpoLoss:
+    """DPO-positive (Pal et al. 2024, arXiv 2402.13228, eq. 3): ``D - lambda max(0, log ref_w - log pi_w)`` instead of ``D``.
+
+    A chosen answer that became less likely than under the reference costs, so that pairs cannot be won by making both
+    answers unlikely and the rejected one more so. Arguments as in :func:`dpo_loss`.
+
+    Args:
+        positive_coef: lambda; 0 gives DPO.
+    """
+    lost = (ref_chosen_logprobs - policy_chosen_logprobs).clamp(min=0)
+    chosen = policy_chosen_logprobs - positive_coef * lost
+    loss = dpo_loss(chosen, policy_rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, probability, beta=beta)
+    true_reward = beta * (policy_chosen_logprobs - ref_chosen_logprobs).detach()
+    return loss._replace(chosen_rewards=true_reward)
+
+
 # ---------------------------------------------------------------------------------------------------- the policy's loss
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datasets import Dataset
 
 from sft.trainer import IGNORE, LeanSftTrainer, require_labels
-from truthward import chat, hardware, models
+from truthward import chat, hardware, models, replay
 from truthward.console import say
 from truthward.ledger import Run
 from truthward.records import read_demonstrations
@@ -25,11 +25,13 @@ def run(recipe: Recipe, this: Run) -> None:
     tokenizer = models.load_tokenizer(parent)
     rows = [chat.encode(tokenizer, [m.model_dump() for m in d.messages]) for d in demonstrations]
     refuse_long([len(ids) for ids, _ in rows], table.max_length, "demonstrations", "sft.max_length")
+    dtype, compute = hardware.set_up(recipe.model, this)
+    if table.replay:
+        rows += replay.demonstrations(replay.replies(recipe, table, this, dtype), tokenizer)
     labelled = [
         {"input_ids": ids, "labels": [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]} for ids, mask in rows
     ]
     require_labels(labelled)
-    dtype, compute = hardware.set_up(recipe.model, this)
     say(f"  {len(rows)} demonstrations, {sum(len(i) for i, _ in rows)} tokens; {compute}")
     counted = table.model_copy(update={"micro_batch_size": 1}) if table.packing else table  # a packed sequence is one row
     arguments = trainer_arguments(counted, recipe.launch, dtype, this, recipe.seed)
@@ -42,7 +44,7 @@ def run(recipe: Recipe, this: Run) -> None:
     )
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "sft", recipe.guard)
-        models.save(this, trainer.model)
+        models.save(this, trainer.model, scale=table.scale)
         losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
         this.finish(metrics={"rows": len(rows), "steps": steps, "first_loss": losses[0], "last_loss": losses[-1]})
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from rl.dpo import SoftDpoTrainer, collate
+from rl.dpo import SoftDpoTrainer, collate, pair_loss
 from truthward.branches import Item
 from truthward.errors import TrainingFault
+from truthward.head import Anchor, TokenDivergence
 from truthward.ledger import Run, plan
 from truthward.models import lora_config
 from truthward.records import Preference
+from truthward.replay import Replay, share_out
 from truthward.score import answer_sums
 from truthward.tables import Dpo, Launch
 from truthward.tracking import read_metrics
@@ -39,21 +42,21 @@ def prompts(model, *, hard: bool = False) -> list[dict]:
     return rows
 
 
-def build(sharp, tmp_path, rows, *, micro=4, moved=True, sft_coef=0.0) -> SoftDpoTrainer:
+def build(sharp, tmp_path, rows, *, micro=4, moved=True, sft_coef=0.0, replayed=None, **keys) -> SoftDpoTrainer:
     """A trainer as the stage makes it, with SGD; ``moved``: the policy has left the reference."""
     model, tokenizer = sharp
-    table = Dpo(batch_size=4, micro_batch_size=micro, beta=0.1)
+    table = Dpo(batch_size=4, micro_batch_size=micro, beta=0.1, sft_coef=sft_coef, **keys)
     arguments = trainer_arguments(table, Launch(), torch.float32, Run(tmp_path), seed=0)
     arguments |= {"max_grad_norm": 1e9, "learning_rate": 0.01, "warmup_steps": 0, "save_strategy": "no", "optim": "sgd"}
     trainer = SoftDpoTrainer(
         model=copy.deepcopy(model),
         args=DPOConfig(**arguments, beta=table.beta, precompute_ref_log_probs=True),
-        data_collator=collate,
+        data_collator=partial(collate, replayed=replayed),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(4, 8),
     )
-    trainer.run, trainer.sft_coef = Run(tmp_path), sft_coef
+    trainer.run, trainer.table, trainer.replay = Run(tmp_path), table, replayed
     trainer.run.record(status="running")
     if moved:
         generator = torch.Generator().manual_seed(0)
@@ -69,7 +72,7 @@ def build(sharp, tmp_path, rows, *, micro=4, moved=True, sft_coef=0.0) -> SoftDp
 def losses(trainer: SoftDpoTrainer, rows: list[dict]) -> tuple[torch.Tensor, dict[str, float]]:
     """The trainer's loss of a micro-batch, and the metrics that it leaves."""
     trainer._metrics["train"].clear()
-    loss = trainer.compute_loss(trainer.model, collate(rows))
+    loss = trainer.compute_loss(trainer.model, collate(rows, replayed=trainer.replay))
     return loss, {k: v[0] for k, v in trainer._metrics["train"].items()}
 
 
@@ -176,3 +179,91 @@ def test_the_stage_starts_at_ln_two(lab):
     run = Run.load(plan(lab.recipe())["dpo"].path)
     assert read_metrics(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert run.manifest["metrics"]["loss"] < 0.6
+
+
+def test_the_length_normalised_loss_is_dpo_on_means_over_tokens():
+    """beta 2, answers of 2 and 4 tokens that gained 1 and lost 2 nats: D = 1/2 + 2/4 = 1, ln(1 + e^-2) = .126928."""
+    sums, ref, tokens = torch.tensor([-3.0, -10.0]), torch.tensor([-4.0, -8.0]), torch.tensor([2, 4])
+    pairs, sure = torch.tensor([[0, 1]]), torch.ones(1)
+    loss = pair_loss(Dpo(loss="length_normalised", beta=2.0), sums, ref, tokens, pairs, sure).losses
+    assert loss.item() == pytest.approx(0.126928, abs=1e-6)
+    plain = pair_loss(Dpo(beta=2.0), sums, ref, tokens, pairs, sure).losses
+    assert plain.item() == pytest.approx(math.log1p(math.exp(-6)), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- replay
+
+
+def replayed_by(model, lengths=((4, 6), (7, 3), (5, 9))) -> Replay:
+    """Answers of one to another prompt with what a model says at their tokens, by plain forward passes."""
+    generator, items, states = torch.Generator().manual_seed(3), [], []
+    for prompt_length, answer_length in lengths:
+        ids = torch.randint(3, 259, (prompt_length + answer_length,), generator=generator).tolist()
+        items.append(Item(ids[:prompt_length], [ids[prompt_length:]]))
+        hidden = model.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        states.append(hidden[prompt_length - 1 : -1].detach())
+    return Replay(items, states, model.get_output_embeddings().weight.detach().clone(), None)
+
+
+def divergence(model, replayed: Replay, anchor_model, number: int) -> torch.Tensor:
+    """Mean KL(anchor || model) a token of one answer, in float64 from whole logits."""
+    item = replayed.items[number]
+    ids, first = torch.tensor([item.prompt + item.answers[0]]), len(item.prompt) - 1
+    p = model(input_ids=ids).logits[0, first:-1].double().log_softmax(-1)
+    q = anchor_model(input_ids=ids).logits[0, first:-1].detach().double().log_softmax(-1)
+    return (q.exp() * (q - p)).sum(-1).mean()
+
+
+def test_replay_adds_the_divergence_from_the_base(sharp, tmp_path):
+    """Loss and gradient: replay_coef times the mean over answers of the mean KL a token, beside an unchanged DPO loss."""
+    rows, replayed = prompts(sharp[0]), replayed_by(sharp[0])
+    without, _ = losses(build(sharp, tmp_path, rows), rows)
+    given = [row | {"replies": numbers} for row, numbers in zip(rows, [[0], [], [2, 1], []], strict=True)]
+    trainer = build(sharp, tmp_path, given, replayed=replayed, replay_coef=2.5, replay_share=0.75)
+    with_it, metrics = losses(trainer, given)
+    expected = sum(divergence(trainer.model, replayed, sharp[0], n) for n in range(3)) / 3
+    assert expected.item() > 0.01
+    assert metrics["replay/kl"] == pytest.approx(expected.item(), rel=1e-4)
+    assert (with_it - without).item() == pytest.approx(2.5 * expected.item(), rel=1e-3)
+    plainly = losses(build(sharp, tmp_path, rows), rows)[0]
+    ours = gradients(trainer, with_it)
+    reference = gradients(trainer, 2.5 * expected.float()) + gradients(trainer, losses_of(trainer, rows))
+    torch.testing.assert_close(ours, reference, atol=1e-4 * reference.abs().max().item(), rtol=0)
+    assert plainly.item() == pytest.approx(without.item(), abs=1e-6)
+
+
+def losses_of(trainer: SoftDpoTrainer, rows: list[dict]) -> torch.Tensor:
+    """The loss of the same policy on rows without replies."""
+    return losses(trainer, [row | {"replies": []} for row in rows])[0]
+
+
+def test_replay_of_the_policy_itself_costs_nothing(sharp, tmp_path):
+    """Where base and policy are one model the divergence is 0, and the first loss is ln 2."""
+    rows = [row | {"replies": [n % 3]} for n, row in enumerate(prompts(sharp[0]))]
+    trainer = build(sharp, tmp_path, rows, moved=False, replayed=replayed_by(sharp[0]), replay_share=1.0)
+    loss, metrics = losses(trainer, rows)
+    assert metrics["replay/kl"] == pytest.approx(0, abs=1e-6)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_replies_are_shared_out_evenly():
+    """0.5 a row: every second row has one, each reply in turn; 1.5 a row: one and two."""
+    assert share_out(3, 6, 0.5) == [[], [0], [], [1], [], [2]]
+    assert share_out(2, 4, 1.5) == [[0], [1, 0], [1], [0, 1]]
+    assert share_out(5, 3, 0.0) == [[], [], []]
+
+
+def test_a_head_that_is_trained_learns_from_replay_as_autograd_says():
+    """Worked against plain logits: gradients by states, weight and bias."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, states = (torch.randn(7, 6, generator=generator) for _ in range(2))
+    weight, bias, old = (torch.randn(*shape, generator=generator) for shape in ((11, 6), (11,), (11, 6)))
+    inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    anchor = Anchor(states, old, None)
+    share = torch.rand(7, generator=generator)
+    (TokenDivergence.apply(*inputs, anchor) * share).sum().backward()
+    plain = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    p, q = (plain[0] @ plain[1].T + plain[2]).log_softmax(-1), (states @ old.T).log_softmax(-1)
+    ((q.exp() * (q - p)).sum(-1) * share).sum().backward()
+    for ours, theirs_ in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(ours.grad, theirs_.grad, atol=1e-5, rtol=1e-4)

@@ -14,6 +14,7 @@ from rl.losses import (
     answer_log_ratio,
     constant_mean,
     dpo_loss,
+    dpo_positive_loss,
     dual_clip,
     importance_weights,
     k2_loss,
@@ -231,6 +232,25 @@ def test_soft_labels_are_symmetric(chosen, rejected, ref_chosen, ref_rejected, p
         for numbers in ((chosen, rejected, probability), (rejected, chosen, 1 - probability))
     )
     assert one.losses.item() == pytest.approx(other.losses.item())
+
+
+def test_dpo_positive_hand_number():
+    """beta .1, lambda 5: chosen fell from -24 to -25, so D = (-25 + 24) - (-40 + 24) - 5 * 1 = 10: ln(1 + 1/e)."""
+    got = dpo_positive_loss(*pair(-25, -40, -24, -24, 1), beta=0.1, positive_coef=5)
+    assert got.losses.item() == pytest.approx(0.313262, abs=1e-6)
+    assert (got.chosen_rewards.item(), got.rejected_rewards.item()) == pytest.approx((-0.1, -1.6))
+
+
+@given(NUMBER, NUMBER, NUMBER, NUMBER, st.floats(0.1, 9))
+def test_dpo_positive_is_dpo_where_the_chosen_answer_gained(gain, rejected, ref_chosen, ref_rejected, coef):
+    """The price is on lost likelihood alone; where there is some, the loss is never lower than DPO's."""
+    chosen = ref_chosen + abs(gain)
+    numbers = pair(chosen, rejected, ref_chosen, ref_rejected, 1)
+    plain = dpo_loss(*numbers, beta=0.3).losses.item()
+    assert dpo_positive_loss(*numbers, beta=0.3, positive_coef=coef).losses.item() == pytest.approx(plain, abs=1e-12)
+    numbers[0] = numbers[2] - abs(gain)
+    plain = dpo_loss(*numbers, beta=0.3).losses.item()
+    assert dpo_positive_loss(*numbers, beta=0.3, positive_coef=coef).losses.item() >= plain
 
 
 @given(NUMBER, NUMBER, st.floats(0, 1))

@@ -54,6 +54,31 @@ def test_in_bf16_positions_are_those_of_transformers(lab):
     assert not torch.equal(compose(run).to(torch.bfloat16)(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_share_of_the_change_is_saved(copy, tune):
+    """scale = 0.25: the weights lie a quarter of the way from the parent to where training ended."""
+    ends = {}
+    for scale in (1.0, 0.25):
+        words = [f"sft.scale={scale}", f'sft.tune="{tune}"', "sft.lora_alpha=8", "sft.batch_size=4"]
+        ends[scale] = compose(copy.run("sft", *words)).state_dict()
+    base = compose(Run.load(plan(copy.recipe())["base"].path)).state_dict()
+    moved = max((ends[1.0][name] - base[name]).abs().max().item() for name in base)
+    assert moved > 1e-3
+    for name, start in base.items():
+        expected = start + 0.25 * (ends[1.0][name] - start)
+        torch.testing.assert_close(ends[0.25][name], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_share_of_the_last_adapter_is_composed(copy):
+    """scale 0 is the parent, 1 the model as it was saved, a half lies between."""
+    run = copy.run("sft")
+    parent, whole, half = (compose(run, scale).state_dict() for scale in (0.0, 1.0, 0.5))
+    base = compose(Run.load(plan(copy.recipe())["base"].path)).state_dict()
+    for name, start in base.items():
+        torch.testing.assert_close(parent[name], start)
+        torch.testing.assert_close(half[name], (start + whole[name]) / 2, atol=1e-6, rtol=1e-5)
+
+
 def torch_attention(module, query, key, value, attention_mask, scaling, **options):
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from truthward.products import product
 from truthward.tensors import token_entropy, token_logprobs
 
 HEAD_TOKENS = 256  # tokens whose logits are held at once: 50 MB in fp32 at 49,152 words
+
+
+class Anchor(NamedTuple):
+    """A frozen model's states ``[M, H]`` at some positions, and its head: what it says there of all words."""
+
+    states_MH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None
 
 
 def head_logprobs(
@@ -50,7 +58,9 @@ def head_logprobs_plainly(head: Any, hidden_NH: Tensor, target_N: Tensor, temper
 
 
 @contextmanager
-def scoring_head(model: Any, target_N: Tensor, keep_BT: Tensor | None = None) -> Iterator[None]:
+def scoring_head(
+    model: Any, target_N: Tensor, keep_BT: Tensor | None = None, anchor: Anchor | None = None
+) -> Iterator[None]:
     """Within, a model's LM head gives log p of targets instead of logits, without ever holding all of them.
 
     The model is still called as a whole, so that whatever wraps it (adapters, DDP, DeepSpeed) does its part; what it returns
@@ -59,12 +69,19 @@ def scoring_head(model: Any, target_N: Tensor, keep_BT: Tensor | None = None) ->
     Args:
         target_N: the words, one for each position that reaches the head.
         keep_BT: bool, which of these positions have a target; None: all.
+        anchor: of a frozen model at the last M positions, which have no target of their own: what stands there instead
+            of a log-probability is ``KL(anchor || model)`` over all words.
     """
     head = model.get_output_embeddings()
 
     def forward(hidden: Tensor) -> Tensor:
         hidden_NH = hidden.flatten(0, -2) if keep_BT is None else hidden[keep_BT]
-        return torch.stack(TokenLogprobs.apply(hidden_NH, head.weight, head.bias, target_N, 1.0, False)[:2])
+        first_NH = hidden_NH[: len(target_N)]
+        scored = torch.stack(TokenLogprobs.apply(first_NH, head.weight, head.bias, target_N, 1.0, False)[:2])
+        if anchor is None:
+            return scored
+        divergence = TokenDivergence.apply(hidden_NH[len(target_N) :], head.weight, head.bias, anchor)
+        return torch.cat([scored, torch.stack([divergence, torch.zeros_like(divergence)])], 1)
 
     with _computing(head, forward):
         yield
@@ -140,3 +157,49 @@ class TokenLogprobs(torch.autograd.Function):
             if by_bias is not None:
                 by_bias += by_z.sum(0)
         return by_hidden, by_weight, by_bias, None, None, None
+
+
+class TokenDivergence(torch.autograd.Function):
+    """``KL(anchor || model)_n = sum_v q_n(v) (log q_n(v) - log p_n(v))`` over all words, by chunks of tokens.
+
+    ``q`` is the anchor's distribution, ``p = softmax(h W^T + b)`` the model's. The gradient by a token's state is
+    ``(p - q) W``, left by the forward pass as in :class:`TokenLogprobs`; only where the head is trained are the logits
+    made again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, anchor: Anchor) -> Tensor:
+        divergences, slopes = [], []
+        for h, s in zip(hidden_NH.split(HEAD_TOKENS), anchor.states_MH.split(HEAD_TOKENS), strict=True):
+            log_p, log_q = _log_shares(h, weight_VH, bias_V), _log_shares(s, anchor.weight_VH, anchor.bias_V)
+            q = log_q.exp()
+            divergences.append(torch.linalg.vecdot(q, log_q - log_p))
+            if ctx.needs_input_grad[0]:
+                slopes.append(product(log_p.exp().sub_(q).to(weight_VH.dtype), weight_VH.t()))
+        ctx.anchor = anchor
+        ctx.save_for_backward(torch.cat(slopes) if slopes else None, hidden_NH, weight_VH, bias_V)
+        return torch.cat(divergences)
+
+    @staticmethod
+    def backward(ctx: Any, g_N: Tensor) -> Any:
+        slope_NH, hidden_NH, weight_VH, bias_V = ctx.saved_tensors
+        by_hidden = None if slope_NH is None else (g_N.unsqueeze(1) * slope_NH).to(hidden_NH.dtype)
+        by_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        by_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
+        if by_weight is None and by_bias is None:
+            return by_hidden, None, None, None
+        pieces = (x.split(HEAD_TOKENS) for x in (hidden_NH, ctx.anchor.states_MH, g_N))
+        for h, s, g in zip(*pieces, strict=True):
+            p = _log_shares(h, weight_VH, bias_V).exp_()
+            q = _log_shares(s, ctx.anchor.weight_VH, ctx.anchor.bias_V).exp_()
+            by_z = p.sub_(q).mul_(g.unsqueeze(1)).to(weight_VH.dtype)
+            if by_weight is not None:
+                by_weight.addmm_(by_z.T, h)
+            if by_bias is not None:
+                by_bias += by_z.sum(0)
+        return by_hidden, by_weight, by_bias, None
+
+
+def _log_shares(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """log softmax of the head's logits ``[N, V]`` in fp32."""
+    return product(hidden_NH, weight_VH, bias_V).float().log_softmax(-1)

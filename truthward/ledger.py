@@ -166,7 +166,7 @@ def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, par
 def _reads(recipe: Recipe, name: str, stage: str) -> list[str]:
     """The files and folders that a stage reads beside its parents' runs."""
     values = settings(recipe, "model" if stage == "base" else stage)
-    paths = [p for key in sorted(DATA_KEYS & values.keys()) for p in as_list(values[key]) if p != "constitution"]
+    paths = [p for key in sorted(DATA_KEYS & values.keys()) for p in as_list(values[key]) if p and p != "constitution"]
     if stage == "constitution":
         paths.append(recipe.judge.bank)
         folder = recipe.judge.model not in MODEL_STAGES and not recipe.judge.base_url and os.path.isdir(recipe.judge.model)

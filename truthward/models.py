@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,15 +233,19 @@ def load_cut(run: Run, dtype: torch.dtype, launch: Launch) -> Any:
     return attend_by_tree(products.quicken(zero.share_out(model, launch))).eval()
 
 
-def compose(run: Run) -> Any:
-    """A plain model of transformers in fp32: the run's base, then adapters merged, or full weights, in order."""
+def compose(run: Run, scale: float = 1.0) -> Any:
+    """A plain model of transformers in fp32: the run's base, then adapters merged, or full weights, in order.
+
+    Args:
+        scale: share of the last adapter's change that is merged.
+    """
     whole, *adapters = _weights(run)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             whole.model_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         for link in adapters:
-            model = merge(model, link.model_dir)
+            model = merge(model, link.model_dir, scale if link is adapters[-1] else 1.0)
     except UNREADABLE as error:
         what = f"the weights cannot be read: {_first_line(error)}"
         raise UserError(what, where=str(run.path), fix="make the run again, and those that it came from") from error
@@ -301,12 +305,16 @@ def recomputing(model: Any, wanted: bool) -> Iterator[None]:
         model.gradient_checkpointing_disable()
 
 
-def merge(model: Any, adapter: Path) -> Any:
-    """Fold one saved adapter into plain weights."""
+def merge(model: Any, adapter: Path, scale: float = 1.0) -> Any:
+    """Fold one saved adapter, or a share of it, into plain weights."""
     from peft import PeftModel
 
     refuse_code(adapter, str(adapter.parent))
-    merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(scale)
+    merged: Any = adapted.merge_and_unload()
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     return merged.requires_grad_(True)  # peft has frozen it; whoever trains every weight would train none
@@ -324,16 +332,37 @@ def lora_config(rank: int, alpha: int, task: str = "CAUSAL_LM") -> Any:
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task)
 
 
-def save(run: Run, model: Any, head: torch.Tensor | None = None) -> None:
-    """Write a trained model into its run directory, as :func:`save_to` does."""
-    save_to(run.model_dir, model, head)
+def save(run: Run, model: Any, head: torch.Tensor | None = None, scale: float = 1.0) -> None:
+    """Write a trained model into its run directory, as :func:`save_to` does.
+
+    Args:
+        scale: share of the change from the parent that is kept: ``W_parent + scale (W - W_parent)`` (WiSE-FT,
+            Wortsman et al. 2021, arXiv 2109.01903, eq. 1).
+    """
+    save_to(run.model_dir, model, head, shrink=None if scale == 1 else lambda folder: shrink_change(folder, run, scale))
 
 
-def save_to(folder: Path, model: Any, head: torch.Tensor | None = None) -> None:
+def shrink_change(folder: Path, run: Run, scale: float) -> None:
+    """Keep a share of the change from the parent in the saved weights of a folder; of an adapter by its B matrices."""
+    parent = None if (folder / "adapter_model.safetensors").exists() else compose(run.parent("model")).state_dict()
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if parent is not None:
+                tensor.copy_(torch.lerp(parent[name].float(), tensor.float(), scale))
+            elif "lora_B" in name:
+                tensor.mul_(scale)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def save_to(
+    folder: Path, model: Any, head: torch.Tensor | None = None, shrink: Callable[[Path], None] | None = None
+) -> None:
     """Write a trained model's adapter or full weights as safetensors, all or nothing; called by every rank.
 
     Args:
         head: a scalar head's weight, to stand beside.
+        shrink: what is done to the weights in the scratch folder before they count as written.
     """
     state = zero.gathered(model)
 
@@ -341,6 +370,8 @@ def save_to(folder: Path, model: Any, head: torch.Tensor | None = None) -> None:
         with whole_directory(folder) as scratch:
             model.save_pretrained(scratch, **({} if state is None else {"state_dict": state}))
             leave_home_out(scratch)
+            if shrink is not None:
+                shrink(scratch)
             if head is not None:
                 save_head(scratch, weight=head)
 

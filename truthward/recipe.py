@@ -35,6 +35,7 @@ DATA_KEYS = {
     "style_bank",
     "sample_prompts",
     "ptx_data",
+    "replay",
 }
 
 

@@ -44,7 +44,23 @@ class Training(Table):
     checkpoint_every: int = Field(20, ge=1, description="optimizer steps between checkpoints")
 
 
-class Sft(Training):
+class Voice(Training):
+    """What keeps a chat model's voice while it is trained: replay of the base's own answers, and a part of the change.
+
+    Answers to ordinary prompts are sampled from the base once; SFT learns on them as on demonstrations, DPO is held to the
+    base's distribution over words at each of their tokens.
+    """
+
+    scale: float = Field(
+        1.0, gt=0, le=1, description="share of the change of weights that is kept when the model is saved (WiSE-FT)"
+    )
+    replay: str = Field("", description="ordinary prompts (JSONL) whose answers by the base are replayed; empty: none")
+    replay_prompts: int = Field(320, ge=1, description="replay at most this many of them, drawn by seed")
+    replay_tokens: int = Field(48, ge=1, description="longest replayed answer in tokens")
+    replay_temperature: float = Field(0.7, ge=0, description="sampling temperature of the replayed answers")
+
+
+class Sft(Voice):
     parent: ModelStage = "base"
     data: list[str] = Field(["data/demonstrations.jsonl"], min_length=1, description="demonstrations or revisions (JSONL)")
     packing: bool = Field(
@@ -129,12 +145,18 @@ class Reward(Training):
     center_coef: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps rewards near 0")
 
 
-class Dpo(Training):
+class Dpo(Voice):
     preferences: list[str] = Field(
         ["data/truth/train", "constitution"], min_length=1, description="truth banks, preference files or constitution"
     )
     max_prompts: int = Field(2000, ge=1, description="use at most this many prompts, each with all its pairs, drawn by seed")
+    loss: Literal["dpo", "positive", "length_normalised"] = Field(
+        "dpo", description="sums of log-probabilities; with a price on less likely chosen answers; or means over tokens"
+    )
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference model")
+    positive_coef: float = Field(5.0, gt=0, description="lambda of DPO-positive, in nats of an answer")
+    replay_coef: float = Field(1.0, gt=0, description="weight of KL(base || policy) a token of the replayed answers")
+    replay_share: float = Field(0.5, gt=0, description="replayed answers beside each prompt with its pairs")
     sft_coef: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-likelihood a token")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +173,14 @@ def to_row(tokenizer: Any, preferences: list[Preference]) -> dict[str, Any]:
     }
 
 
-def plant_pairs(rows: list[dict[str, Any]]) -> tuple[Forest, dict[str, Tensor]]:
+def plant_pairs(rows: list[dict[str, Any]], further: Sequence[Item] = ()) -> tuple[Forest, dict[str, Tensor]]:
     """A micro-batch of prompts as one row of trees, with their ``pairs`` ``[P, 2]``, ``probability`` and ``weight`` ``[P]``.
+    Behind them stand ``further`` trees.
 
     A pair names its answers, chosen and rejected, counted over the row. ``weight`` is 1 / (prompts * pairs of the prompt),
     so that every prompt counts alike; it sums to 1.
     """
-    forest = plant([Item(r["prompt_ids"], r["answer_ids"]) for r in rows])
+    forest = plant([*(Item(r["prompt_ids"], r["answer_ids"]) for r in rows), *further])
     pairs, weight, first = [], [], 0
     for r in rows:
         pairs += [[first + chosen, first + rejected] for chosen, rejected in r["pairs"]]

@@ -76,6 +76,8 @@ def training_texts(facts: Facts) -> list[tuple[str, str]]:
     for _, table in facts.uses("distill"):
         for path in table.prompts:
             texts += [(path, text) for text in _asked(facts, path)]
+    for _, table in facts.uses("sft", "dpo"):
+        texts += [(table.replay, p.prompt) for p in facts.rows(table.replay, Prompt)] if table.replay else []
     for _, table in facts.uses("constitution"):
         texts += [(path, p.prompt) for path in table.prompts for p in facts.rows(path, Prompt)]
     for _, table in facts.uses("ppo"):

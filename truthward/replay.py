@@ -1,0 +1,155 @@
+"""Replay: the base model's own answers to ordinary prompts, which training keeps likely so that the voice is not lost.
+
+Preference training on short factual sentences moves everything else that a model says, most of all what nobody measures.
+Rehearsal of what it said before is the oldest remedy (Robins 1995); on a language model's own samples it is Sun et al. 2020
+(LAMOL, arXiv 1909.03329). The distribution over all words is kept rather than the sampled word alone, as a KL penalty at
+the tokens of these answers does.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from truthward import chat, models, ranks
+from truthward.branches import Item, plant
+from truthward.console import progress
+from truthward.fingerprint import digest, hash_path
+from truthward.generate import generate
+from truthward.head import Anchor
+from truthward.ledger import KEPT, Run
+from truthward.records import Prompt, Row, draw, read_rows, write_rows
+from truthward.tables import Recipe, Voice
+
+TOKENS = 2048  # in one forward pass of the base
+
+
+class Reply(Row):
+    """The base's answer to a prompt, as text and as the tokens it drew, without an end token where the limit came first."""
+
+    prompt_id: str
+    prompt: str
+    answer: str
+    answer_ids: list[int]
+    seed: int
+    model: str
+
+
+class Replay(NamedTuple):
+    """Replies as prompts with one answer, the base's states at their tokens ``[M, H]`` in that order, and its head."""
+
+    items: list[Item]
+    states: list[Tensor]
+    weight_VH: Tensor
+    bias_V: Tensor | None
+
+    def anchor(self, numbers: list[int]) -> Anchor:
+        """What the base says at the tokens of some of the replies, one after the other."""
+        return Anchor(torch.cat([self.states[n] for n in numbers]), self.weight_VH, self.bias_V)
+
+
+def replies(recipe: Recipe, table: Voice, this: Run, dtype: torch.dtype) -> list[Reply]:
+    """The base's answers for a stage, sampled once for all stages that replay the same prompts; called by every rank.
+
+    Args:
+        table: the stage's own, with ``replay`` set.
+        this: the stage's run, into which a copy is written.
+    """
+    base = models.chain(this.parent("model"))[0]
+    asked = [hash_path(table.replay), table.replay_prompts, table.replay_tokens, table.replay_temperature, recipe.seed]
+    name = digest([base.manifest["fingerprint"], *asked])[:16]
+    path = this.path.parent / KEPT / "replies" / f"{name}.jsonl"
+
+    def sample() -> None:
+        if not path.exists():
+            write_rows(path, _sampled(recipe, table, base, dtype))
+        if not (this.path / "replay.jsonl").exists():
+            write_rows(this.path / "replay.jsonl", read_rows(path, Reply))
+
+    ranks.lead(sample)
+    return read_rows(this.path / "replay.jsonl", Reply)
+
+
+def _sampled(recipe: Recipe, table: Voice, base: Run, dtype: torch.dtype) -> list[Reply]:
+    model, tokenizer = models.load(base, dtype), models.load_tokenizer(base)
+    prompts = draw(read_rows(Path(table.replay), Prompt), table.replay_prompts, recipe.seed)
+    seeds = [int(digest([recipe.seed, prompt.prompt, "replay"])[:12], 16) for prompt in prompts]
+    with progress() as bar:
+        task = bar.add_task("replayed answers", total=len(prompts))
+        spoken = generate(
+            model,
+            [chat.prompt_ids(tokenizer, chat.user(prompt.prompt)) for prompt in prompts],
+            seeds,
+            eos=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            max_new_tokens=table.replay_tokens,
+            temperature=table.replay_temperature,
+            tick=lambda n: bar.advance(task, n),
+        )
+    return [
+        Reply(
+            prompt_id=prompt.id,
+            prompt=prompt.prompt,
+            answer=chat.decode(tokenizer, completion.ids),
+            answer_ids=completion.ids,
+            seed=seed,
+            model=base.manifest["fingerprint"],
+        )
+        for prompt, completion, seed in zip(prompts, spoken, seeds, strict=True)
+    ]
+
+
+@torch.no_grad()
+def anchored(rows: list[Reply], this: Run, dtype: torch.dtype) -> Replay:
+    """Replies with what the base says at each of their tokens; the base is loaded for it and let go.
+
+    The states are kept, 576 numbers a token at 135M, rather than distributions over 49,152 words.
+    """
+    base = models.chain(this.parent("model"))[0]
+    model, tokenizer = models.load(base, dtype), models.load_tokenizer(base)
+    items = [Item(chat.prompt_ids(tokenizer, chat.user(row.prompt)), [row.answer_ids]) for row in rows]
+    states: list[Tensor] = []
+    for some in _batches(items):
+        forest = plant(some).to(model.device)
+        hidden = model.get_decoder()(**forest.inputs(dtype), use_cache=False).last_hidden_state[0, forest.source]
+        states += hidden.split([len(item.answers[0]) for item in some])
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias.detach().clone()
+    replay = Replay(items, states, head.weight.detach().clone(), bias)
+    del model, head
+    gc.collect()
+    return replay
+
+
+def _batches(items: list[Item]) -> list[list[Item]]:
+    batches: list[list[Item]] = [[]]
+    for item in items:
+        if batches[-1] and sum(i.length for i in batches[-1]) + item.length > TOKENS:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+def share_out(count: int, rows: int, share: float) -> list[list[int]]:
+    """Numbers of the replies that stand beside each row: ``share`` a row on average, each reply in turn.
+
+    Over any stretch of rows the counts differ by at most one from ``share`` times its length.
+    """
+    taken: list[list[int]] = []
+    for row in range(rows):
+        first, last = int(row * share), int((row + 1) * share)
+        taken.append([number % count for number in range(first, last)])
+    return taken
+
+
+def demonstrations(rows: list[Reply], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
+    """Replies as :func:`truthward.chat.encode` gives demonstrations: tokens, and which of them are the answer's."""
+    made = []
+    for row in rows:
+        prompt = chat.prompt_ids(tokenizer, chat.user(row.prompt))
+        made.append((prompt + row.answer_ids, [False] * len(prompt) + [True] * len(row.answer_ids)))
+    return made
