@@ -24,10 +24,10 @@ def run(recipe: Recipe, this: Run) -> None:
     parent = this.parent("model")
     tokenizer = models.load_tokenizer(parent)
     rows = [chat.encode(tokenizer, [m.model_dump() for m in d.messages]) for d in demonstrations]
-    refuse_long([len(ids) for ids, _ in rows], table.max_length, "demonstrations", "sft.max_length")
     dtype, compute = hardware.set_up(recipe.model, this)
     if table.replay:
         rows += replay.demonstrations(replay.replies(recipe, table, this, dtype), tokenizer)
+    refuse_long([len(ids) for ids, _ in rows], table.max_length, "demonstrations", "sft.max_length")
     labelled = [
         {"input_ids": ids, "labels": [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]} for ids, mask in rows
     ]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Llama
 from truthward.branches import Item, attend_by_tree, plant
 from truthward.errors import UserError
 from truthward.ledger import Run, plan
-from truthward.models import cast, compose, load, refuse_scaled_logits
+from truthward.models import between, cast, compose, load, refuse_scaled_logits
 
 
 @pytest.mark.parametrize("config", [Gemma2Config(), CohereConfig()])
@@ -69,14 +69,18 @@ def test_a_share_of_the_change_is_saved(copy, tune):
         torch.testing.assert_close(ends[0.25][name], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_share_of_the_last_adapter_is_composed(copy):
-    """scale 0 is the parent, 1 the model as it was saved, a half lies between."""
-    run = copy.run("sft")
-    parent, whole, half = (compose(run, scale).state_dict() for scale in (0.0, 1.0, 0.5))
-    base = compose(Run.load(plan(copy.recipe())["base"].path)).state_dict()
-    for name, start in base.items():
-        torch.testing.assert_close(parent[name], start)
-        torch.testing.assert_close(half[name], (start + whole[name]) / 2, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_model_between_a_run_and_its_start(copy, stage):
+    """0 is the model that it started from (PPO's policy from DPO's), 1 its own, and a half lies half way."""
+    run = copy.run(stage)
+    first, half, last = (between(run, scale).state_dict() for scale in (0.0, 0.5, 1.0))
+    start = compose(Run.load(plan(copy.recipe())["base" if stage == "sft" else "dpo"].path)).state_dict()
+    end = compose(run).state_dict()
+    assert any(not torch.equal(start[name], end[name]) for name in end)
+    for name in end:
+        torch.testing.assert_close(first[name], start[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(last[name], end[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(half[name], (start[name] + end[name]) / 2, atol=1e-6, rtol=1e-5)
 
 
 def torch_attention(module, query, key, value, attention_mask, scaling, **options):

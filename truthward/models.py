@@ -233,24 +233,36 @@ def load_cut(run: Run, dtype: torch.dtype, launch: Launch) -> Any:
     return attend_by_tree(products.quicken(zero.share_out(model, launch))).eval()
 
 
-def compose(run: Run, scale: float = 1.0) -> Any:
-    """A plain model of transformers in fp32: the run's base, then adapters merged, or full weights, in order.
-
-    Args:
-        scale: share of the last adapter's change that is merged.
-    """
+def compose(run: Run) -> Any:
+    """A plain model of transformers in fp32: the run's base, then adapters merged, or full weights, in order."""
     whole, *adapters = _weights(run)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             whole.model_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         for link in adapters:
-            model = merge(model, link.model_dir, scale if link is adapters[-1] else 1.0)
+            model = merge(model, link.model_dir)
     except UNREADABLE as error:
         what = f"the weights cannot be read: {_first_line(error)}"
         raise UserError(what, where=str(run.path), fix="make the run again, and those that it came from") from error
     model.config.use_cache = True
     return model.eval()
+
+
+def between(run: Run, scale: float) -> Any:
+    """The model that lies between a run and the one that it started from: ``W_start + scale (W - W_start)``, in fp32.
+
+    Wortsman et al. 2021 (WiSE-FT, arXiv 2109.01903, eq. 1).
+
+    Args:
+        scale: 0 is the model it started from, 1 the run's own.
+    """
+    parents = run.manifest["parents"]
+    start, end = compose(run.parent("start" if "start" in parents else "model")), compose(run)
+    with torch.no_grad():
+        for one, other in zip(end.parameters(), start.parameters(), strict=True):
+            one.lerp_(other, 1 - scale)
+    return end
 
 
 def _weights(run: Run) -> list[Run]:
@@ -305,16 +317,12 @@ def recomputing(model: Any, wanted: bool) -> Iterator[None]:
         model.gradient_checkpointing_disable()
 
 
-def merge(model: Any, adapter: Path, scale: float = 1.0) -> Any:
-    """Fold one saved adapter, or a share of it, into plain weights."""
+def merge(model: Any, adapter: Path) -> Any:
+    """Fold one saved adapter into plain weights."""
     from peft import PeftModel
 
     refuse_code(adapter, str(adapter.parent))
-    adapted: Any = PeftModel.from_pretrained(model, str(adapter))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.mul_(scale)
-    merged: Any = adapted.merge_and_unload()
+    merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     return merged.requires_grad_(True)  # peft has frozen it; whoever trains every weight would train none

@@ -192,6 +192,9 @@ class Facts:
             self.rows(table.prompts, Prompt)
         for stage in ("reward", "dpo"):
             self.preferences(stage)
+        for _, table in self.uses("sft", "dpo"):
+            if table.replay:
+                self.rows(table.replay, Prompt)
         for _, table in self.uses("distill"):
             for path in table.prompts:
                 self.rows(path, Question if Path(path).is_dir() else Prompt)
@@ -321,7 +324,17 @@ class Facts:
             heads = self.lengths([self.render(t.messages) for t in rows])
             ends = iter(self.lengths([answer.strip() for t in rows for answer in t.answers]))
             self._lengths[stage] = [(n, [next(ends) + 1 for _ in t.answers]) for n, t in zip(heads, rows, strict=True)]
+            if stage == "sft" and rows:
+                self._lengths[stage] += [(n, [self.recipe.sft.replay_tokens]) for n in self.replayed(stage)]
         return self._lengths[stage]
+
+    def replayed(self, stage: str) -> list[int]:
+        """Tokens of the prompts whose answers by the base a stage replays; each answer has at most ``replay_tokens``."""
+        table = getattr(self.recipe, stage)
+        if not table.replay:
+            return []
+        prompts = draw(self.rows(table.replay, Prompt), table.replay_prompts, self.recipe.seed)
+        return self.lengths([self.render([{"role": "user", "content": p.prompt}]) for p in prompts])
 
     def tokens(self, stage: str) -> list[int]:
         """Tokens of each row that a stage trains on: a conversation, or a prompt with all its answers."""

@@ -256,8 +256,13 @@ def flops(facts: Facts, stage: str) -> float:
         row = sum(facts.lengths([text for _, text in _prompts(facts)])) / max(1, len(_prompts(facts))) + table.max_new_tokens
         scored, updated = 4 * 2, table.epochs * passes * (2 if table.advantage == "gae" else 1)
         return table.iterations * table.rollouts * row * parameters * (scored + 2 + updated)
-    reference = 2 if stage == "dpo" else 0
-    return sum(facts.tokens(stage)) * parameters * (table.epochs * passes + reference)
+    tokens, reference = sum(facts.tokens(stage)), 0
+    if stage == "dpo":
+        reference = 2
+        if replayed := facts.replayed(stage):
+            answered = sum(replayed) / len(replayed) + table.replay_tokens
+            tokens += int(len(facts.tokens(stage)) * table.replay_share * answered)
+    return tokens * parameters * (table.epochs * passes + reference)
 
 
 def _prompts(facts: Facts) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ counted by kind; what the allocator wastes on top of them was measured (``docs/c
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Literal, NamedTuple
 
@@ -281,4 +282,9 @@ def largest_row(facts: Facts, stage: str, micro: int = 0) -> tuple[int, int, int
     longest = max(row)
     if stage == "sft":  # padded to the longest, and attended to as packed rows are
         return longest * micro, longest * micro, 0
+    beside = facts.replayed(stage) if stage == "dpo" else []
+    if beside:  # a micro-batch has one more than the average at most
+        count = math.ceil(micro * table.replay_share)
+        longest, size = max(longest, max(beside) + table.replay_tokens), sum(beside) / len(beside) + table.replay_tokens
+        return sum(row) + int(count * size), longest, len(row) + count
     return sum(row), longest, len(row)

@@ -164,9 +164,10 @@ def long_rows(facts: Facts) -> Found:
         counts = [longest[stage](*lengths) for lengths in facts.lengths_of(stage)]
         long = [n for n in counts if n > table.max_length]
         if long:
-            row: Texts = facts.texts[stage][counts.index(long[0])]
+            rows, first = facts.texts[stage], counts.index(long[0])
+            where = rows[first].where if first < len(rows) else f"{table.replay} with replay_tokens"
             share = f"{len(long)} of {len(counts)} rows ({len(long) / len(counts):.1%})"
-            text = f"{share} are longer than {table.max_length} tokens (longest {max(long)}; the first is {row.where})"
+            text = f"{share} are longer than {table.max_length} tokens (longest {max(long)}; the first is {where})"
             why = "cut, they would teach answers that never end; so the stage refuses them"
             fix = f"raise {stage}.max_length to {max(long)}, or shorten or drop these rows"
             yield error("row-long", f"{stage}.max_length", text, why=why, fix=fix)
