@@ -47,7 +47,11 @@ class Prompt(Row):
 
 
 class Question(Row):
-    """A question with true and false answers; ``true[i]`` and ``false[i]`` are matched in first word and length."""
+    """A question with true and false answers; ``true[i]`` and ``false[i]`` are matched in first word and length.
+
+    Attributes:
+        manner: in careful words, or short and plain as people ask.
+    """
 
     id: str
     topic: str
@@ -55,6 +59,7 @@ class Question(Row):
     question: str = Field(min_length=1)
     true: list[str] = Field(min_length=1)
     false: list[str] = Field(min_length=1)
+    manner: Literal["careful", "plain"] = "careful"
 
     @model_validator(mode="after")
     def _answers_differ(self) -> Question:
