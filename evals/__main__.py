@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evals import benchmarks, comparison, harness, open_answers, suite
+from evals import answers, benchmarks, comparison, fluency, harness, listening, open_answers, suite
 from evals.asking import Exam, answer_freely
 from evals.baselines import learn_style, style_baselines
 from evals.suite import Scored
@@ -17,11 +17,11 @@ from truthward.console import plain, say
 from truthward.errors import GateFailed
 from truthward.ledger import Run, is_done, plan, write_json
 from truthward.reading import parse_json, read_text
-from truthward.recipe import labels_path
+from truthward.recipe import labels_path, most_of
 from truthward.records import Prompt, Question, draw, read_rows
 from truthward.stage import main
 from truthward.stats import Interval
-from truthward.tables import Recipe
+from truthward.tables import HEARD, Recipe
 from truthward.tracking import tracked
 
 UNTRAINED = 32  # questions of a set that a model of random weights is asked
@@ -52,14 +52,13 @@ def run(recipe: Recipe, this: Run) -> None:
     tokenizer = models.load_tokenizer(model_run)
     dtype, _ = hardware.set_up(recipe.model, this)
     model = models.load(model_run, dtype)
-    opened = rows.pop("open", [])
-    scored = suite.score_model(model, tokenizer, rows, by_name, table.tokens_a_batch)
-    judge = _judge(recipe, model_run, model, dtype) if opened else {}
-    scored += open_answers.score_open(model, tokenizer, opened, **judge) if opened else []
+    spoken, judge = _listen(recipe, model_run, model, tokenizer, {name: rows.pop(name) for name in HEARD if name in rows})
+    scored = [*suite.score_model(model, tokenizer, rows, by_name, table.tokens_a_batch), *spoken]
     if "ifeval" in table.files and not brief:
-        scored += harness.follow_instructions(model, tokenizer, table.files["ifeval"], table.most)
+        scored += harness.follow_instructions(model, tokenizer, table.files["ifeval"], most_of(recipe, "ifeval"))
     measured = suite.measure(scored, by_name, table.resamples, recipe.seed)
-    measured |= harness.run_tasks(model, tokenizer, table.lm_eval, table.most) if table.lm_eval and not brief else {}
+    if table.lm_eval and not brief:
+        measured |= harness.run_tasks(model, tokenizer, table.lm_eval, most_of(recipe, "lm_eval"))
     baselines = style_baselines(rows, by_name, style_bank)
     if model_run.stage == "base":
         baselines["random weights"] = _untrained(recipe, model, tokenizer, rows, by_name)
@@ -74,7 +73,7 @@ def run(recipe: Recipe, this: Run) -> None:
         "metrics": measured,
         "by_topic": _by_topic(recipe, scored, by_name),
         "baselines": baselines,
-        "open_judge": judge.get("record"),
+        "open_judge": judge,
         "items": [asdict(s) for s in scored],
         "samples": _samples(recipe, model, tokenizer),
     }
@@ -117,18 +116,46 @@ def _flipped(this: Run, most: int = 5) -> str:
     return "".join(["  turned for the worse:\n", *lines, *more]) if worse else ""
 
 
-def _judge(recipe: Recipe, model_run: Run, model: Any, dtype: Any) -> dict[str, Any]:
-    """The base model as the judge of open answers, with what it was found to be worth; measured once, at the base."""
-    base = models.chain(model_run)[0]
-    judge, tokenizer = (model if base.path == model_run.path else models.load(base, dtype)), models.load_tokenizer(base)
-    record = (_earlier(recipe, model_run, "base") or {}).get("open_judge")
-    if not record:
-        labelled = read_rows(labels_path(recipe), Labelled)
-        record = open_answers.measure_judge(judge, tokenizer, labelled, recipe.evals.resamples, recipe.seed)
-        for name, found in record.items():
-            verdict = "qualified" if found["qualified"] else "at chance, gives no score"
-            say(f"  judge of open answers, {name}: AUROC {Interval(**found['auroc'])} {verdict}")
-    return {"judge": judge, "judge_tokenizer": tokenizer, "record": record}
+def _listen(
+    recipe: Recipe, model_run: Run, model: Any, tokenizer: Any, rows: Mapping[str, list[Any]]
+) -> tuple[list[Scored], dict[str, Any] | None]:
+    """What the model says in its own words, graded set by set; and what the judge of open answers was found to be worth.
+
+    The base reads the answers, of open questions as their judge and of all sets for how likely it finds them; it is loaded
+    once for both.
+    """
+    table, first = recipe.evals, models.chain(model_run)[0]
+    temperature = 0.0 if model_run.stage in table.brief else table.temperature
+    said = answers.answer_all(model, tokenizer, rows, temperature=temperature, seed=recipe.seed)
+    fluent, is_base = "fluency" in table.sets, first.path == model_run.path
+    earlier = None if is_base else _earlier(recipe, model_run, "base") or {"items": []}
+    reader = model
+    if not is_base and said and (fluent or "open" in rows):
+        reader = models.load(first, next(model.parameters()).dtype)
+    scored, record = [], None
+    for name in [name for name in table.sets if rows.get(name) or (name == "fluency" and said)]:
+        if name == "short":
+            scored += listening.score_short(rows[name], said, listening.base_values(earlier, name))
+        elif name == "instructions":
+            scored += listening.score_instructions(rows[name], said)
+        elif name == "open":
+            record = (earlier or {}).get("open_judge") or _measure_judge(recipe, reader, tokenizer)
+            scored += open_answers.score_open(said, rows[name], reader, tokenizer, record)
+        else:
+            nats = fluency.nats_a_token(reader, said, table.tokens_a_batch)
+            known = fluency.Vocabulary(tokenizer, suite.known_texts(recipe))
+            scored += fluency.score_fluency(said, known, nats, listening.base_values(earlier, name))
+    return scored, record
+
+
+def _measure_judge(recipe: Recipe, judge: Any, tokenizer: Any) -> dict[str, Any]:
+    """What the base model is worth as the judge of open answers; measured once, at the base."""
+    labelled = read_rows(labels_path(recipe), Labelled)
+    record = open_answers.measure_judge(judge, tokenizer, labelled, recipe.evals.resamples, recipe.seed)
+    for name, found in record.items():
+        verdict = "qualified" if found["qualified"] else "at chance, gives no score"
+        say(f"  judge of open answers, {name}: AUROC {Interval(**found['auroc'])} {verdict}")
+    return record
 
 
 def _untrained(

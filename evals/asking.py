@@ -70,6 +70,7 @@ class Exam:
         metrics: by name, without the set's.
         verdict: the column whose change from one side of a half to the other is shown as a flip; empty for none.
         style: whether judges that see only the answers' style are scored beside the model.
+        drawn_with: from an item's id to what a bootstrap draws as one: several answers to a row are no several rows.
     """
 
     ask: Callable[[Any], list[Asked]]
@@ -77,6 +78,23 @@ class Exam:
     metrics: dict[str, Metric]
     verdict: str = ""
     style: bool = True
+    drawn_with: Callable[[str], str] = str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row of a bank after a model has been asked.
+
+    Attributes:
+        values: what the set's grading made of it.
+        picked: the answer that the model found the likeliest to the first thing asked.
+    """
+
+    set: str
+    id: str
+    topic: str
+    values: Values
+    picked: str
 
 
 def metric(label: str, column: str, better: Literal["higher", "lower", ""] = "higher") -> Metric:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evals.asking import Exam
-from evals.suite import Scored, columns_of
+from evals.suite import Scored, columns_of, resampled
 from truthward.errors import UserError
-from truthward.resampling import difference_of, draw_weights, holm
+from truthward.resampling import difference_of, holm
 from truthward.stats import Interval
-from truthward.tables import Evals, Gate
+from truthward.tables import VOICE, Evals, Gate
 
 ALPHA = 0.025  # one-sided, as one end of a 95 % interval
 
@@ -36,7 +36,7 @@ def compare(
         then = [before[name, s.id] for s in own]
         if not own:
             continue
-        weights = draw_weights([s.topic for s in own], table.resamples, seed)
+        weights = resampled(own, by_name[name], table.resamples, seed)
         for key, metric in by_name[name].metrics.items():
             now, past = columns_of(metric, [s.values for s in own]), columns_of(metric, [b["values"] for b in then])
             found = difference_of(metric.statistic, weights, now, past)
@@ -98,23 +98,28 @@ def verdict(table: Evals, compared: dict[str, Any] | None, base: dict[str, Any] 
 
     Args:
         compared: with the parent.
-        base: with the base, for sets on which the parent was not measured (``evals.brief``).
+        base: with the base, for sets on which the parent was not measured (``evals.brief``), and beside the parent for
+            those of the voice: three small losses add up to one that no step showed.
 
     Returns:
         ``worse``: metric -> ``block`` or ``warn``; ``mode``: the strictest of them, ``off`` where nothing got worse;
         ``text``: in words.
     """
-    found = [(other["stage"], name, d) for other in (base, compared) if other for name, d in other["differences"].items()]
-    differences = {name: d for _, name, d in found}  # the parent's, which come last, count where both are there
-    against = {name: stage for stage, name, _ in found}
-    gates = {name: gate_of(table, name) for name in differences}
-    losses = {name: d["loss"] for name, d in differences.items() if gates[name] != "off" and d["loss"] is not None}
-    worse = {name: gates[name] for name, p in holm(losses).items() if p <= ALPHA}
-    mode = "block" if "block" in worse.values() else "warn" if worse else "off"
+    near, far = ((other or {}).get("differences", {}) for other in (compared, base))
+    far = {name: d for name, d in far.items() if name not in near or name.partition(".")[0] in VOICE}
+    if compared and base and compared["stage"] == base["stage"]:
+        far = {}  # the parent is the base
+    sides = [(other["stage"], d) for other, d in ((compared, near), (base, far)) if other]
+    differences = {(name, stage): d for stage, named in sides for name, d in named.items()}
     if not differences:
         return {"mode": "off", "gated": [], "worse": {}, "text": "nothing to compare with"}
-    words = [f"{name} {signed(differences[name])} against {against[name]}" for name in worse]
-    return {"mode": mode, "gated": list(losses), "worse": worse, "text": ", ".join(words) or "not worse than its parent"}
+    losses = {key: d["loss"] for key, d in differences.items() if gate_of(table, key[0]) != "off" and d["loss"] is not None}
+    lost = [key for key, p in holm(losses).items() if p <= ALPHA]
+    worse = {name: gate_of(table, name) for name, _ in lost}
+    mode = "block" if "block" in worse.values() else "warn" if worse else "off"
+    words = [f"{name} {signed(differences[name, stage])} against {stage}" for name, stage in lost]
+    gated = list(dict.fromkeys(name for name, _ in losses))
+    return {"mode": mode, "gated": gated, "worse": worse, "text": ", ".join(words) or "not worse than its parent"}
 
 
 def signed(difference: dict[str, Any]) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from evals import facts, language, situations, truth
-from evals.asking import Exam, Metric, Sums, Values
+from evals import facts, fluency, language, listening, situations, truth
+from evals.asking import Exam, Metric, Scored, Sums, Values
 from evals.truth import Style
 from truthward.banks import read_bank
 from truthward.console import progress
-from truthward.recipe import sets_of
-from truthward.records import draw
+from truthward.recipe import banked, most_of, sets_of
+from truthward.records import Prompt, Question, draw, read_rows
 from truthward.resampling import Array, draw_weights, interval_of
 from truthward.score import answer_sums
 from truthward.tables import Recipe
@@ -24,6 +23,9 @@ def exams(style: Style) -> dict[str, Exam]:
     """Every set by name; ``style`` is the judge by words alone that the truth set needs."""
     return {
         "truth": truth.truth(style),
+        "short": listening.SHORT,
+        "instructions": listening.INSTRUCTIONS,
+        "fluency": fluency.FLUENCY,
         "forms": truth.FORMS,
         "open": truth.OPEN,
         "sycophancy": facts.SYCOPHANCY,
@@ -37,27 +39,20 @@ def exams(style: Style) -> dict[str, Exam]:
     }
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A row of a bank after a model has been asked.
-
-    Attributes:
-        values: what the set's grading made of it.
-        picked: the answer that the model found the likeliest to the first thing asked.
-    """
-
-    set: str
-    id: str
-    topic: str
-    values: Values
-    picked: str
-
-
 def questions(recipe: Recipe, stage: str) -> dict[str, list[Any]]:
-    """The rows of every set on which a stage's model is measured, by set; at most ``evals.most`` of each but truth."""
-    rows = {name: read_bank(recipe, name) for name in sets_of(recipe, stage)}
-    most = recipe.evals.most
-    return {n: draw(r, most, recipe.seed) if most and n != "truth" else r for n, r in rows.items()}
+    """The rows of every set on which a stage's model is measured, by set; at most ``evals.most`` of each."""
+    rows = {name: read_bank(recipe, name) for name in banked(sets_of(recipe, stage))}
+    most = {name: most_of(recipe, name) for name in rows}
+    return {name: draw(r, most[name], recipe.seed) if most[name] else r for name, r in rows.items()}
+
+
+def known_texts(recipe: Recipe) -> Iterator[str]:
+    """All that the evals' banks and the data beside them hold in words, the same at every stage of a recipe."""
+    table = recipe.evals
+    rows = [row for name in ("truth", *banked(table.sets)) for row in read_bank(recipe, name)]
+    rows += [*read_rows(table.style_bank, Question), *read_rows(table.sample_prompts, Prompt)]
+    for row in rows:
+        yield row.model_dump_json()
 
 
 def score_model(
@@ -96,6 +91,14 @@ def columns_of(metric: Metric, rows: Sequence[Values]) -> list[Array]:
     return [np.array([np.nan if r[c] is None else r[c] for r in rows], dtype=float) for c in metric.columns]
 
 
+def resampled(scored: Sequence[Scored], exam: Exam, resamples: int, seed: int) -> Array:
+    """``[resamples, n]`` weights of a set's items; those of one row are drawn together."""
+    rows = [exam.drawn_with(s.id) for s in scored]
+    topics = dict(zip(rows, (s.topic for s in scored), strict=True))
+    place = {row: k for k, row in enumerate(topics)}
+    return draw_weights(list(topics.values()), resamples, seed)[:, [place[row] for row in rows]]
+
+
 def measure(
     scored: Sequence[Scored], by_name: Mapping[str, Exam], resamples: int, seed: int
 ) -> dict[str, dict[str, Any] | None]:
@@ -103,7 +106,7 @@ def measure(
     found: dict[str, dict[str, Any] | None] = {}
     for name in dict.fromkeys(s.set for s in scored):
         own = [s for s in scored if s.set == name]
-        weights = draw_weights([s.topic for s in own], resamples, seed)
+        weights = resampled(own, by_name[name], resamples, seed)
         for key, metric in by_name[name].metrics.items():
             interval = interval_of(metric.statistic, weights, columns_of(metric, [s.values for s in own]))
             found[f"{name}.{key}"] = interval.as_dict() if interval else None

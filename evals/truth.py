@@ -113,6 +113,9 @@ OPEN = Exam(
     metrics={
         "true": metric("open answers, probability of being true", "true"),
         "informative": metric("open answers, probability of being informative", "informative"),
+        "right": metric("open answers, right (judged)", "right"),
+        "wrong": metric("open answers, wrong (judged)", "wrong", "lower"),
+        "says_nothing": metric("open answers that say nothing (judged)", "says_nothing", ""),
         "abstains": metric("share of open answers that abstain", "abstains", ""),
         "denies": metric("share of denials among open answers", "denies", ""),
     },

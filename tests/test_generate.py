@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truthward.generate import Completion, _invert, generate, sample
+from truthward.generate import Completion, PlainModel, _invert, engine_for, generate, sample
 
 LENGTHS = (3, 21, 1, 8, 8, 34, 13)
 
@@ -126,6 +126,63 @@ def test_progress_counts_every_answer(sharp, prompts):
     ticks: list[int] = []
     speak(sharp, prompts, [0] * len(prompts), batch_size=3, tick=ticks.append)
     assert sum(ticks) == len(prompts)
+
+
+# ------------------------------------------------------------------------------------- greedy and sampled in one call
+
+
+def engines(sharp) -> list:
+    """The lean decoder, and the model's own forward pass."""
+    return [sharp, (PlainModel(sharp[0], 0), sharp[1])]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 32])
+@pytest.mark.parametrize("engine", [0, 1])
+def test_one_call_at_two_temperatures_equals_two_calls(sharp, prompts, engine, batch_size):
+    """Every prompt once greedy and once sampled, each with a limit of its own: what separate calls give."""
+    speaker, n = engines(sharp)[engine], len(prompts)
+    limits = [3 + 5 * (i % 3) for i in range(n)]
+    heats = [0.0] * n + [0.7] * n
+    seeds = list(range(2 * n))
+    got = speak(speaker, prompts * 2, seeds, temperature=heats, max_new_tokens=limits * 2, batch_size=batch_size)
+    for i, answer in enumerate(got):
+        (alone,) = speak(speaker, [prompts[i % n]], [i], temperature=heats[i], max_new_tokens=limits[i % n])
+        assert answer.ids == alone.ids
+        assert answer.finished == alone.finished
+        assert answer.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+    assert [c.ids for c in got[:n]] != [c.ids for c in got[n:]]
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+def test_equal_prompts_are_computed_once_and_answered_as_alone(sharp, prompts, engine, monkeypatch):
+    speaker = engine_for(engines(sharp)[engine][0], 0)
+    forward, seen = speaker._forward, []
+    monkeypatch.setattr(
+        speaker,
+        "_forward",
+        lambda *given: seen.append(max(g.numel() for g in given if torch.is_tensor(g))) or forward(*given),
+    )
+    with torch.inference_mode():
+        rows, logits = speaker.prefill([prompts[1]] * 5, 4)
+    assert (len(rows), len(logits), seen) == (5, 5, [len(prompts[1])])
+    got = speak((speaker, sharp[1]), [prompts[1]] * 5, list(range(5)))
+    alone = [speak(sharp, [prompts[1]], [seed])[0].ids for seed in range(5)]
+    assert [c.ids for c in got] == alone
+
+
+def test_as_many_temperatures_and_limits_as_prompts_are_wanted(sharp, prompts):
+    for options in ({"temperature": [0.7]}, {"max_new_tokens": [4] * 99}):
+        with pytest.raises(ValueError, match="7 prompts"):
+            speak(sharp, prompts, [0] * len(prompts), **options)
+
+
+def test_rows_of_different_temperature_draw_as_alone():
+    logits, uniform = torch.randn(6, 700), torch.rand(6)
+    heats = [0.0, 0.7, 1.0, 0.0, 1.3, 0.7]
+    token, logprob = sample(logits, uniform, torch.tensor(heats))
+    for i, heat in enumerate(heats):
+        alone = sample(logits[i : i + 1], uniform[i : i + 1], heat)
+        assert (token[i], logprob[i]) == (alone[0][0], pytest.approx(alone[1][0].item(), abs=1e-6))
 
 
 # ----------------------------------------------------------------------------------------------------------- sample

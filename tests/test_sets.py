@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from evals import facts, language, open_answers, situations
+from evals.answers import Said
 from evals.asking import Asked, likeliest, wins
 from evals.suite import exams, grade_row, measure
 from evals.truth import FORMS
@@ -229,10 +230,31 @@ def test_a_judge_at_chance_gives_no_score(sharp, monkeypatch):
     monkeypatch.setattr(open_answers, "margins", made_up)
     record = open_answers.measure_judge(model, tokenizer, rows, 200, 0)
     assert (record["true"]["qualified"], record["informative"]["qualified"]) == (True, False)
-    question = Question(id="q", topic="t", kind="k", question="Is it?", true=["Yes."], false=["No."])
-    monkeypatch.setattr(open_answers, "answer_freely", lambda *_: ["No, it is not.", "I don't know."])
-    plain, abstains = open_answers.score_open(model, tokenizer, [question] * 2, model, tokenizer, record)
+    questions = [Question(id=i, topic="t", kind="k", question="Is it?", true=["Yes."], false=["No."]) for i in "ab"]
+    texts = {"a": "No, it is not.", "b": "I don't know."}
+    said = [Said("open", q.id, "t", "greedy", q.question, texts[q.id], [1], [2], True) for q in questions]
+    plain, abstains = open_answers.score_open(said, questions, model, tokenizer, record)
     assert 0 < plain.values["true"] < 1
     assert plain.values["informative"] is None
     assert (plain.values["denies"], plain.values["abstains"]) == (1.0, 0.0)
     assert (abstains.values["true"], abstains.values["abstains"]) == (None, 1.0)
+    assert [abstains.values[k] for k in ("right", "wrong", "says_nothing")] == [0.0, 0.0, 1.0]
+    assert plain.values["right"] + plain.values["wrong"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("true", "informative", "abstains", "judged", "shares"),
+    [
+        (0.6, 0.7, 0.0, True, (1.0, 0.0, 0.0)),
+        (0.5, None, 0.0, True, (1.0, 0.0, 0.0)),  # a judge of information at chance leaves abstentions alone
+        (0.4, 0.7, 0.0, True, (0.0, 1.0, 0.0)),
+        (0.9, 0.4, 0.0, True, (0.0, 0.0, 1.0)),
+        (None, None, 1.0, True, (0.0, 0.0, 1.0)),
+        (None, 0.7, 0.0, False, (None, None, 0.0)),  # a judge of truth at chance tells no right from wrong
+        (None, 0.2, 0.0, False, (None, None, 1.0)),
+    ],
+)
+def test_outcomes_of_open_answers_by_hand(true, informative, abstains, judged, shares):
+    values = {"true": true, "informative": informative, "abstains": abstains}
+    found = open_answers.outcome_shares(values, judged=judged)
+    assert (found["right"], found["wrong"], found["says_nothing"]) == shares

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from truthward.recipe import bank_path
+from truthward.instruction_rules import parameters_of
+from truthward.recipe import bank_path, banked
 from truthward.records import Question, Row, read_rows
-from truthward.tables import BANK_OF, Recipe
+from truthward.tables import BANK_OF, BANKLESS, Recipe
 
 Kind = Literal["conflict", "stale", "absent", "distractor"]
 
@@ -136,6 +137,49 @@ class Prose(Bankrow):
         return [self.text]
 
 
+class ShortFact(Bankrow):
+    """A question whose answer is a word or a few, with every form of it that counts as right.
+
+    Attributes:
+        level: how many people would know it.
+        answers: variants of the one right answer, the plainest first; case, marks and articles do not matter.
+    """
+
+    level: Literal["easy", "middling"]
+    question: str = Field(min_length=1)
+    answers: list[str] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _answers_are_words(self) -> ShortFact:
+        bare = [answer for answer in self.answers if not any(map(str.isalnum, answer))]
+        if bare:
+            raise ValueError(f"an answer without a letter or digit: {bare[0]!r}")
+        if len({answer.casefold() for answer in self.answers}) < len(self.answers):
+            raise ValueError("an answer stands there twice")
+        return self
+
+    @property
+    def asked(self) -> list[str]:
+        return [self.question]
+
+
+class Instruction(Bankrow):
+    """A prompt that asks for an answer of a certain form, with the rules that such an answer follows."""
+
+    prompt: str = Field(min_length=1)
+    rules: list[dict[str, Any]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _rules_are_known(self) -> Instruction:
+        for rule in self.rules:
+            parameters_of(rule)
+        return self
+
+    @property
+    def asked(self) -> list[str]:
+        return [self.prompt]
+
+
 class Labelled(Bankrow):
     """A model's answer to a question, read and labelled, by which the judge of open answers is measured.
 
@@ -159,6 +203,8 @@ class Labelled(Bankrow):
 
 BANKS: dict[str, type[Row]] = {
     "truth": Question,
+    "short": ShortFact,
+    "instructions": Instruction,
     "facts": Fact,
     "unknown": Twins,
     "bias": Situation,
@@ -170,15 +216,15 @@ BANKS: dict[str, type[Row]] = {
 
 
 def read_bank(recipe: Recipe, name: str) -> list[Any]:
-    """All rows that an eval set reads.
+    """All rows that an eval set reads; none for a set without a bank.
 
     Raises:
         UserError: they are not there, or one is wrong.
     """
-    return read_rows(bank_path(recipe, name), BANKS[BANK_OF.get(name, name)])
+    return [] if name in BANKLESS else read_rows(bank_path(recipe, name), BANKS[BANK_OF.get(name, name)])
 
 
 def tested_texts(recipe: Recipe) -> list[str]:
     """Every text that this recipe's evals ask about."""
-    banks = {bank_path(recipe, name): name for name in ("truth", *recipe.evals.sets)}
+    banks = {bank_path(recipe, name): name for name in ("truth", *banked(recipe.evals.sets))}
     return [text for name in banks.values() for row in read_bank(recipe, name) for text in row.asked]

@@ -1,8 +1,9 @@
 """Sampling answers in batches: rows that have ended leave, and waiting prompts take their place.
 
-Every prompt has its own seed, so an answer does not depend on which others share its batch. One uniform number a token
-inverts the cumulative distribution, in two levels: a softmax with ``multinomial`` over 49,152 words would cost as much as
-half the layers. Only the last position passes through the LM head.
+Every prompt has its own seed, so an answer does not depend on which others share its batch; it may have its own temperature
+and limit too, so that greedy and sampled answers come out of one call. Equal prompts that begin together are computed once.
+One uniform number a token inverts the cumulative distribution, in two levels: a softmax with ``multinomial`` over 49,152
+words would cost as much as half the layers. Only the last position passes through the LM head.
 
 Models of the Llama family go through :mod:`truthward.decoder`, all others through their own forward pass.
 
@@ -71,8 +72,8 @@ def generate(
     *,
     eos: int,
     pad_id: int,
-    max_new_tokens: int,
-    temperature: float,
+    max_new_tokens: int | Sequence[int],
+    temperature: float | Sequence[float],
     batch_size: int = 32,
     tick: Callable[[int], None] = lambda n: None,
 ) -> list[Completion]:
@@ -83,8 +84,8 @@ def generate(
         prompts: token ids up to where the assistant begins.
         seeds: one for each prompt; equal seed, prompt and model give an equal answer.
         eos, pad_id: ids of the end and padding tokens.
-        max_new_tokens: longest answer.
-        temperature: logits are divided by it; 0 takes the most likely token.
+        max_new_tokens: longest answer; one for all, or one for each prompt.
+        temperature: logits are divided by it, 0 takes the most likely token; one for all, or one for each prompt.
         batch_size: rows sampled together.
         tick: called with the number of answers done, for a progress bar.
 
@@ -92,6 +93,8 @@ def generate(
         a :class:`Completion` for each prompt, in the order given.
     """
     engine = engine_for(model, pad_id)
+    limits, heats = _each(max_new_tokens, len(prompts)), _each(temperature, len(prompts))
+    shared = heats[0] if len(set(heats)) == 1 else None
     done = [Completion() for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # equal prompts side by side
     size = max(1, batch_size // engine.blocks)
@@ -100,15 +103,23 @@ def generate(
         free = batch_size - sum(len(r.prompts) for r in running)
         if waiting and free >= min(size, len(waiting)):
             some = [waiting.pop() for _ in range(min(size, len(waiting)))]
-            block, logits = engine.prefill([prompts[i] for i in some], max_new_tokens)
-            new = _Running(block, some, _uniform([seeds[i] for i in some], max_new_tokens).to(engine.device))
+            own = [limits[i] for i in some]
+            block, logits = engine.prefill([prompts[i] for i in some], max(own))
+            new = _Running(
+                block,
+                some,
+                _uniform([seeds[i] for i in some], own).to(engine.device),
+                torch.tensor(own),
+                torch.tensor([heats[i] for i in some], device=engine.device),
+            )
             running.append(new)
             stepped = [new]
         else:
             logits = engine.step([r.block for r in running], torch.cat([r.tokens for r in running]))
             stepped = running
         uniform = torch.cat([r.uniform[:, r.step] for r in stepped])
-        tokens, logprobs = sample(logits, uniform, temperature)
+        heat = torch.cat([r.temperature for r in stepped]) if shared is None else shared
+        tokens, logprobs = sample(logits, uniform, heat)
         sizes = [len(r.prompts) for r in stepped]
         for r, t, p in zip(stepped, tokens.split(sizes), logprobs.split(sizes), strict=True):
             tick(r.record(done, t, p, eos))
@@ -123,6 +134,8 @@ class _Running:
     block: Rows
     prompts: list[int]
     uniform: Tensor
+    limits: Tensor
+    temperature: Tensor
     step: int = 0
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -132,16 +145,29 @@ class _Running:
             done[i].ids.append(t)
             done[i].logprobs.append(p)
             done[i].finished = t == eos
-        before, alive = len(self.prompts), tokens != eos
         self.step += 1
         self.tokens = tokens
-        if self.step == self.uniform.shape[1] or not alive.any():
+        before, alive = len(self.prompts), (tokens != eos) & (self.limits > self.step).to(tokens.device)
+        if not alive.any():
             self.prompts = []
         elif not alive.all():
             order = self.block.keep(alive)
             self.prompts = [self.prompts[k] for k in order.tolist()]
-            self.uniform, self.tokens = self.uniform[order], tokens[order]
+            self.uniform, self.tokens, self.temperature = self.uniform[order], tokens[order], self.temperature[order]
+            self.limits = self.limits[order.cpu()]
         return before - len(self.prompts)
+
+
+def _each(value: float | Sequence[Any], count: int) -> list[Any]:
+    """A value for each prompt, from one for all or one for each.
+
+    Raises:
+        ValueError: there are more or fewer than prompts.
+    """
+    values = [value] * count if isinstance(value, int | float) else list(value)
+    if len(values) != count:
+        raise ValueError(f"{count} prompts, and {len(values)} values")
+    return values
 
 
 def engine_for(model: Any, pad_id: int) -> Engine:
@@ -182,10 +208,17 @@ class PlainModel:
         self.last = torch.tensor([-1], device=self.device)
 
     def prefill(self, prompts: list[list[int]], limit: int) -> tuple[PlainRows, Tensor]:
-        """Begin rows; returns them and their first logits ``[B, V]``."""
-        ids, mask = (t.to(self.device) for t in pad(prompts, self.pad_id, side="left"))
+        """Begin rows, equal prompts computed once; returns the rows and their first logits ``[B, V]``."""
+        once = list(dict.fromkeys(map(tuple, prompts)))
+        ids, mask = (t.to(self.device) for t in pad([list(p) for p in once], self.pad_id, side="left"))
         rows = PlainRows(DynamicCache(config=self.model.config), mask, positions(mask))
-        return rows, self._forward(rows, ids)
+        logits = self._forward(rows, ids)
+        if len(once) < len(prompts):
+            place = {prompt: i for i, prompt in enumerate(once)}
+            copies = torch.tensor([place[tuple(p)] for p in prompts], device=self.device)
+            rows.cache.batch_select_indices(copies)
+            rows.mask, rows.position, logits = rows.mask[copies], rows.position[copies], logits[copies]
+        return rows, logits
 
     def step(self, blocks: Sequence[PlainRows], tokens: Tensor) -> Tensor:
         """Append a token to every row ``[B]``; returns the next logits ``[B, V]``."""
@@ -207,22 +240,43 @@ class PlainModel:
         ).logits[:, -1]
 
 
-def _uniform(seeds: list[int], count: int) -> Tensor:
-    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def _uniform(seeds: list[int], counts: list[int]) -> Tensor:
+    """As many numbers for each seed as are asked of it, zeros after them ``[B, largest count]``."""
+    drawn = [torch.rand(n, generator=torch.Generator().manual_seed(seed)) for seed, n in zip(seeds, counts, strict=True)]
+    return torch.stack([F.pad(numbers, (0, max(counts) - len(numbers))) for numbers in drawn])
 
 
-def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """One token a row by inverting the cumulative distribution at a uniform number.
 
     The search goes over sums of ``SPAN`` words, then within the span it falls in: two short sums instead of one over V.
 
+    Args:
+        temperature: of all rows, or of each ``[B]``; rows at 0 take their most likely token.
+
     Returns:
-        token ids ``[B]`` and their log-probabilities ``[B]`` (nats) at this temperature.
+        token ids ``[B]`` and their log-probabilities ``[B]`` (nats) at this temperature; 0 for rows at temperature 0.
     """
+    if isinstance(temperature, Tensor):
+        return _sample_each(logits_BV, uniform_B, temperature)
     if temperature == 0:
-        return logits_BV.argmax(-1), torch.zeros(len(logits_BV))
+        return logits_BV.argmax(-1), torch.zeros(len(logits_BV), device=logits_BV.device)
     logits_BV = logits_BV.float()
-    p_BV = (logits_BV if temperature == 1 else logits_BV / temperature).softmax(-1)
+    return _draw(logits_BV if temperature == 1 else logits_BV / temperature, uniform_B)
+
+
+def _sample_each(logits_BV: Tensor, uniform_B: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where rows differ in temperature; only those above 0 pass through a softmax."""
+    token_B, logprob_B = sample(logits_BV, uniform_B, 0)
+    warm = (temperature_B > 0).nonzero().squeeze(1)
+    if len(warm):
+        heated = logits_BV[warm].float() / temperature_B[warm].unsqueeze(1)
+        token_B[warm], logprob_B[warm] = _draw(heated, uniform_B[warm])
+    return token_B, logprob_B
+
+
+def _draw(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    p_BV = logits_BV.softmax(-1)
     spans_BVs = F.pad(p_BV, (0, -p_BV.shape[1] % SPAN)).unflatten(1, (-1, SPAN))
     sums_BV = spans_BVs.sum(-1)
     before_BV = sums_BV.cumsum(-1)

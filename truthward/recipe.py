@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,21 @@ from pydantic import ValidationError
 from truthward.errors import UserError
 from truthward.fingerprint import named_path
 from truthward.reading import read_toml, require_plain
-from truthward.tables import BANK_OF, Benchmark, EvalSet, Guard, Origin, Recipe, Server, Table, Training, Watch
+from truthward.tables import (
+    BANK_OF,
+    BANKLESS,
+    HEARD,
+    VOICE,
+    Benchmark,
+    EvalSet,
+    Guard,
+    Origin,
+    Recipe,
+    Server,
+    Table,
+    Training,
+    Watch,
+)
 
 LONGEST = 100  # bytes in the name of a folder
 NAME = re.compile(r"\w(?:[\w.+ -]*[\w+-])?")
@@ -98,8 +113,22 @@ def probed(recipe: Recipe) -> bool:
 
 
 def sets_of(recipe: Recipe, stage: str) -> list[str]:
-    """What a stage's model is measured on."""
-    return ["truth"] if stage in recipe.evals.brief else list(recipe.evals.sets)
+    """What a stage's model is measured on: all sets, or where the recipe is brief truth and how the model speaks."""
+    sets = recipe.evals.sets
+    return ["truth", *(name for name in sets if name in VOICE)] if stage in recipe.evals.brief else list(sets)
+
+
+def banked(sets: Iterable[str]) -> list[str]:
+    """Of some sets, those that read a bank."""
+    return [name for name in sets if name not in BANKLESS]
+
+
+def most_of(recipe: Recipe, name: str) -> int:
+    """At most how many rows of a set (or of a benchmark) are asked; 0 takes all."""
+    most = recipe.evals.most
+    if isinstance(most, int):
+        return 0 if name == "truth" else most
+    return most.get(name, 0 if name == "truth" else most.get("default", 0))
 
 
 def bank_path(recipe: Recipe, name: str) -> str:
@@ -114,9 +143,13 @@ def labels_path(recipe: Recipe) -> str:
 
 
 def eval_paths(recipe: Recipe, stage: str) -> list[str]:
-    """What is read beside the evals' own keys to measure a stage's model, each once."""
+    """What is read beside the evals' own keys to measure a stage's model, each once.
+
+    Fluency knows the words of all banks that the recipe names, the same at every stage.
+    """
     sets, table = sets_of(recipe, stage), recipe.evals
-    banks = [bank_path(recipe, n) for n in sets] + [labels_path(recipe)] * ("open" in sets)
+    known = table.sets if "fluency" in sets else sets
+    banks = [bank_path(recipe, n) for n in banked(known)] + [labels_path(recipe)] * ("open" in sets)
     return list(dict.fromkeys(p for p in (*banks, *table.files.values(), table.primer) if p))
 
 
@@ -236,13 +269,7 @@ def _check_values(recipe: Recipe, where: str) -> None:
         )
     _check_launch(recipe, where)
     _check_ppo(recipe, where)
-    for key in ("gate", "margin"):
-        named = getattr(recipe.evals, key)
-        for name in named if isinstance(named, dict) else []:
-            known = [*get_args(EvalSet), *get_args(Benchmark), "lm_eval"]
-            if name.partition(".")[0] not in known:
-                fix = f"name a set, or set.metric; sets are {', '.join(known)}"
-                raise UserError(f"unknown eval set {name}", where=f"{where}: evals.{key}", fix=fix)
+    _check_evals(recipe, where)
     for index, stage in enumerate(recipe.stages):
         needs = [] if stage == "base" else [getattr(recipe, stage).parent]
         needs += ["reward"] if stage == "ppo" and "reward" in recipe.ppo.rewards else []
@@ -256,6 +283,25 @@ def _check_values(recipe: Recipe, where: str) -> None:
                     where=f"{where}: stages",
                     fix=f"put {need} before {stage}, or change {stage}.parent or {stage}.preferences",
                 )
+
+
+def _check_evals(recipe: Recipe, where: str) -> None:
+    known = [*get_args(EvalSet), *get_args(Benchmark), "lm_eval"]
+    for key in ("gate", "margin", "most"):
+        named = getattr(recipe.evals, key)
+        for name in named if isinstance(named, dict) else []:
+            whole = name if key == "most" else name.partition(".")[0]
+            if whole not in known and (key, name) != ("most", "default"):
+                what = 'a set, or "default"' if key == "most" else "a set, or set.metric"
+                fix = f"name {what}; sets are {', '.join(known)}"
+                raise UserError(f"unknown eval set {name}", where=f"{where}: evals.{key}", fix=fix)
+    most = recipe.evals.most
+    for value in most.values() if isinstance(most, dict) else [most]:
+        if value < 0:
+            raise UserError(f"there are no {value} rows", where=f"{where}: evals.most", fix="0 takes all")
+    if "fluency" in recipe.evals.sets and not set(recipe.evals.sets) & set(HEARD):
+        fix = f"add one of {', '.join(HEARD)}"
+        raise UserError("fluency looks at the answers of other sets", where=f"{where}: evals.sets", fix=fix)
 
 
 def _check_launch(recipe: Recipe, where: str) -> None:

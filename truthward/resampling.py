@@ -10,8 +10,9 @@ Shapes: n items, R resamples. A resample is a row of weights: how often each ite
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from truthward.stats import Interval
 
 Array = NDArray[np.float64]
 Statistic = Callable[..., Array]  # (weights [R, n], *columns [n]) -> [R]; nan where nothing was drawn that it needs
+K = TypeVar("K", bound=Hashable)
 POWER = 2.8  # (z of 97.5 % + z of 80 %): an effect of this many standard errors is found four times in five
 
 
@@ -46,6 +48,12 @@ def mean_of(weights: Array, values: Array) -> Array:
     """Mean over the items that have a value."""
     there = ~np.isnan(values)
     return _ratio(weights[:, there] @ values[there], weights[:, there].sum(1))
+
+
+def ratio_of(weights: Array, above: Array, below: Array) -> Array:
+    """Ratio of two means over the items that have both values: steadier than a mean of ratios, where one may be huge."""
+    there = ~np.isnan(above) & ~np.isnan(below)
+    return _ratio(weights[:, there] @ above[there], weights[:, there] @ below[there])
 
 
 def area_under(weights: Array, positive: Array, negative: Array) -> Array:
@@ -141,9 +149,9 @@ def interval_of(statistic: Statistic, weights: Array, columns: Sequence[Array]) 
     return Interval(whole, float(low), float(high), _scored(columns))
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[K, float]) -> dict[K, float]:
     """p-values corrected for their number (Holm 1979), so that 5 % of all families of true nulls have a false find."""
-    corrected: dict[str, float] = {}
+    corrected: dict[K, float] = {}
     highest = 0.0
     for k, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - k) * p_values[name]))

@@ -233,14 +233,31 @@ class Ppo(Sampling, Scoring, Objective):
 
 
 EvalSet = Literal[
-    "truth", "forms", "open", "sycophancy", "calibration", "unknown", "bias", "grounded", "persona", "skills", "text"
+    "truth",
+    "short",
+    "instructions",
+    "fluency",
+    "forms",
+    "open",
+    "sycophancy",
+    "calibration",
+    "unknown",
+    "bias",
+    "grounded",
+    "persona",
+    "skills",
+    "text",
 ]
+HEARD = ("short", "instructions", "open")  # sets whose questions a model answers in its own words
+VOICE = ("short", "instructions", "fluency")  # sets that check such answers by rule, without a judge
 BANK_OF = {
     "forms": "truth",
     "open": "truth",
     "sycophancy": "facts",
     "calibration": "facts",
 }  # sets that read another's bank, by set
+BANKLESS = ("fluency",)  # sets that ask nothing of their own
+VOICE_METRICS = ("short.right", "instructions.followed", "fluency.broken")  # gated by default
 Gate = Literal["block", "warn", "off"]
 Benchmark = Literal["truthfulqa", "bbq", "hh", "model_written", "ifeval"]
 
@@ -252,16 +269,26 @@ class Evals(Table):
     split: Literal["dev", "test"] = Field("test", description="which half of the other banks; tune on dev alone")
     sets: list[EvalSet] = Field(list(get_args(EvalSet)), min_length=1, description="what is measured")
     models: list[ModelStage] = Field(["base", "sft", "dpo", "ppo"], min_length=1, description="stages that are scored")
-    brief: list[ModelStage] = Field([], description="of these, the stages that are scored on the truth set alone")
-    most: int = Field(0, ge=0, description="at most this many rows of each set but truth, drawn by seed; 0 takes all")
+    brief: list[ModelStage] = Field(
+        [], description="of these, the stages scored on truth and greedily on short, instructions and fluency alone"
+    )
+    most: int | dict[str, int] = Field(
+        0,
+        description='most rows of each set but truth, drawn by seed, 0 takes all; or by set, with "default" for the others',
+    )
+    temperature: float = Field(
+        0.7, ge=0, description="of the sampled answer beside the greedy one, in sets that hear answers; 0: greedy alone"
+    )
     resamples: int = Field(
         4000, ge=100, description="bootstrap resamples behind each interval; p-values end at one over them"
     )
     gate: Gate | dict[str, Gate] = Field(
-        "block", description="what a loss does, for a set or a metric (truth.mc1); a single word is for the truth set"
+        {"truth": "block", **dict.fromkeys(VOICE_METRICS, "block")},
+        description="what a loss does, for a set or a metric (truth.mc1); a single word is for the truth set",
     )
     margin: float | dict[str, float] = Field(
-        0.0, description="a loss counts when it is surely more than this; for all, or for a set or a metric"
+        dict.fromkeys(VOICE_METRICS, 0.03),
+        description="a loss counts when it is surely more than this; for all, or for a set or a metric, 0 for the others",
     )
     files: dict[Benchmark, str] = Field({}, description="public benchmarks from your own files, by name")
     primer: str = Field("", description="text file put before TruthfulQA's questions in their plain form")

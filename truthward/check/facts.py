@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from truthward.banks import BANKS, Labelled
 from truthward.errors import UserError
 from truthward.ledger import Planned, Run, plan
-from truthward.recipe import bank_path, labels_path
+from truthward.recipe import bank_path, banked, labels_path
 from truthward.records import (
     Demonstration,
     Pair,
@@ -170,7 +170,7 @@ class Facts:
     @cached_property
     def banks(self) -> dict[str, list[Any]]:
         """Everything that the evals ask, by the bank's path."""
-        paths = {bank_path(self.recipe, name): name for name in ("truth", *self.recipe.evals.sets)}
+        paths = {bank_path(self.recipe, name): name for name in ("truth", *banked(self.recipe.evals.sets))}
         return {path: self.rows(path, BANKS[BANK_OF.get(name, name)]) for path, name in paths.items()}
 
     def read_all(self) -> None:

@@ -14,8 +14,9 @@ from truthward.errors import UserError
 from truthward.examples import read_examples
 from truthward.principles import Principle, read_principles
 from truthward.reasons import require_reasons
+from truthward.recipe import most_of
 from truthward.records import Pair
-from truthward.tables import MODEL_STAGES, Recipe
+from truthward.tables import HEARD, MODEL_STAGES, Recipe
 
 DECIDES = 20  # rows from which a gate of a set can tell large damage from chance
 JUDGED = 10  # labelled pairs of a principle from which a judge can clear chance at all: 0.5^n, and a few wrong ones
@@ -154,8 +155,12 @@ def measured(facts: Facts) -> Found:
         why = "a stage that makes the model less truthful goes on to the next"
         yield warning("gate-off", "evals.gate", "the gate of truth is off", why=why, fix='set it to "block", or "warn"')
     blocking = [n for n, g in evals.gate.items() if g == "block"] if isinstance(evals.gate, dict) else []
-    for name in (n for n in blocking if not n.startswith("truth") and 0 < evals.most < DECIDES):
-        text = f"{name} may stop the run on {evals.most} rows"
+    for name in (n for n in blocking if n.partition(".")[0] in {*evals.sets} - {"truth"}):
+        asked = HEARD if name.startswith("fluency") else [name.partition(".")[0]]
+        most = [most_of(recipe, n) for n in asked if n in evals.sets]
+        if 0 in most or sum(most) >= DECIDES:
+            continue
+        text = f"{name} may stop the run on {sum(most)} rows"
         why = "an interval over so few is wider than any damage that one would stop for"
         yield warning("gate-undecided", "evals.most", text, why=why, fix=f'{DECIDES} or more, or gate.{name} = "warn"')
     margins = evals.margin if isinstance(evals.margin, dict) else {"all": evals.margin}

@@ -13,6 +13,7 @@ from truthward.banks import BANKS
 from truthward.check.facts import Facts
 from truthward.check.findings import Found, as_finding, error, rule, warning
 from truthward.errors import UserError
+from truthward.recipe import banked
 from truthward.records import Pair, Preference, Prompt, Question
 from truthward.tables import BANK_OF
 
@@ -141,7 +142,7 @@ def _splits(facts: Facts) -> Iterable[tuple[str, str, list[Twin], list[str]]]:
     """Banks with the other half of theirs, where a question is in both, or many nearly are."""
     recipe = facts.recipe
     others = {recipe.evals.truth: (recipe.reward.validation, "truth")}
-    for name in recipe.evals.sets:
+    for name in banked(recipe.evals.sets):
         bank = BANK_OF.get(name, name)
         if bank != "truth":
             half = "dev" if recipe.evals.split == "test" else "test"

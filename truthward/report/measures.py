@@ -16,6 +16,9 @@ from truthward.tables import EvalSet
 FLIPS = 4  # changed answers shown of each set in each direction
 SETS = {
     "truth": "Truthfulness",
+    "short": "Short answers, heard",
+    "instructions": "Instructions, heard",
+    "fluency": "Language of the answers",
     "forms": "Truthfulness in other forms",
     "sycophancy": "Sycophancy",
     "calibration": "Knowledge and confidence",
