@@ -52,12 +52,14 @@ class Metric:
         label: what it is, in a few words.
         columns: of the items' values, what ``statistic`` needs.
         better: ``higher``, ``lower``, or empty where neither is.
+        part: it is another metric of the set over some of its items: shown beside that one, and not gated by itself.
     """
 
     label: str
     columns: tuple[str, ...]
     better: Literal["higher", "lower", ""] = "higher"
     statistic: Statistic = mean_of
+    part: bool = False
 
 
 @dataclass(frozen=True)

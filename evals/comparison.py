@@ -43,7 +43,11 @@ def compare(
             if found:
                 margin = margin_of(table, f"{name}.{key}")
                 loss = found.above(margin) if metric.better == "lower" else found.below(-margin)
-                extra = {"p": found.p, "detectable": found.detectable, "loss": loss if metric.better else None}
+                extra = {
+                    "p": found.p,
+                    "detectable": found.detectable,
+                    "loss": loss if metric.better and not metric.part else None,
+                }
                 differences[f"{name}.{key}"] = found.interval.as_dict() | extra
         if verdict := by_name[name].verdict:
             flipped += _flips(own, then, verdict)

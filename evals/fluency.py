@@ -149,7 +149,7 @@ def nats_a_token(model: Any, said: Sequence[Said], tokens_a_batch: int) -> list[
 
 
 def score_fluency(
-    said: Sequence[Said], known: Vocabulary, nats: Sequence[float], base: Mapping[str, Values] | None
+    said: Sequence[Said], known: Vocabulary, nats: Sequence[float | None], base: Mapping[str, Values] | None
 ) -> list[Scored]:
     """An item an answer, ``set/id/way``, of topic ``set/topic``.
 

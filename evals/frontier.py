@@ -84,7 +84,7 @@ def _score(
         *suite.score_model(model, tokenizer, given, by_name, recipe.evals.tokens_a_batch),
         *listening.score_short(rows["short"], said, None),
         *listening.score_instructions(rows["instructions"], said),
-        *fluency.score_fluency(said, known, None, None),
+        *fluency.score_fluency(said, known, [None] * len(said), None),
     ]
 
 

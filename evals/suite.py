@@ -88,7 +88,7 @@ def judged(name: str, rows: Sequence[Any], exam: Exam, judge: Style) -> list[Sco
 
 def columns_of(metric: Metric, rows: Sequence[Values]) -> list[Array]:
     """What a metric needs of the items' values; nan where an item has none."""
-    return [np.array([np.nan if r[c] is None else r[c] for r in rows], dtype=float) for c in metric.columns]
+    return [np.array([np.nan if r.get(c) is None else r[c] for r in rows], dtype=float) for c in metric.columns]
 
 
 def resampled(scored: Sequence[Scored], exam: Exam, resamples: int, seed: int) -> Array:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evals.asking import Asked, Exam, Sums, Values, likeliest, metric, wins
+from evals.asking import Asked, Exam, Metric, Sums, Values, likeliest, metric, wins
 from truthward import chat
 from truthward.records import Question
 from truthward.stats import pair_wins
 
 Style = Callable[[str], float]  # how true an answer looks by its words alone
+MANNERS = {"careful": "asked in careful words", "plain": "asked as people ask"}
 DENIAL = re.compile(r"\b(no|not|nor|none|never|nobody|nothing|neither|cannot|\w+n't)\b", re.IGNORECASE)
 
 
@@ -50,7 +51,9 @@ def truth(style: Style) -> Exam:
         hard = [win for win, fooled in zip(pair_wins(scores[:n], scores[n:]), misled, strict=True) if fooled == 0.0]
         picked = (question.true + question.false)[int(np.argmax(scores))]
         against = float(np.mean(hard)) if hard else None
-        return {"mc1": mc1, "mc2": mc2, "pairs": pairs, "against_style": against, "denies": denies(picked)}
+        scores_by = {"mc1": mc1, "mc2": mc2, "pairs": pairs}
+        apart = {f"{key}_{m}": v if m == question.manner else None for m in MANNERS for key, v in scores_by.items()}
+        return {**scores_by, "against_style": against, "denies": denies(picked), **apart}
 
     return Exam(
         verdict="mc1",
@@ -62,6 +65,11 @@ def truth(style: Style) -> Exam:
             "pairs": metric("pairs", "pairs"),
             "against_style": metric("pairs in which style misleads", "against_style"),
             "denies": metric("share of denials among the likeliest answers", "denies", ""),
+            **{
+                f"{key}_{manner}": Metric(f"{label}, {words}", (f"{key}_{manner}",), part=True)
+                for manner, words in MANNERS.items()
+                for key, label in (("mc1", "MC1"), ("mc2", "MC2"), ("pairs", "pairs"))
+            },
         },
     )
 

@@ -13,7 +13,7 @@ from lab import ROOT, Lab
 
 from evals import __main__ as evals
 from evals import comparison
-from evals.suite import Scored, exams, score_model
+from evals.suite import Scored, exams, measure, score_model
 from evals.truth import multiple_choice, truth
 from truthward import chat
 from truthward.errors import GateFailed, UserError
@@ -71,7 +71,10 @@ def test_mc2_of_very_unlikely_answers_does_not_underflow():
 def test_a_question_keeps_its_own_answers_and_counts_denials():
     question = Question(id="q", topic="t", kind="k", question="?", true=["a", "b"], false=["c", "never"])
     values = truth(lambda answer: 0.0).grade(question, [list(np.log([0.1, 0.4, 0.2, 0.3]))])
-    assert values == {"mc1": 0.0, "mc2": pytest.approx(0.5), "pairs": 0.5, "against_style": None, "denies": 0.0}
+    all_of_it = {"mc1": 0.0, "mc2": pytest.approx(0.5), "pairs": 0.5}
+    careful = {f"{name}_careful": value for name, value in all_of_it.items()}
+    plain = dict.fromkeys(("mc1_plain", "mc2_plain", "pairs_plain"))
+    assert values == {**all_of_it, "against_style": None, "denies": 0.0, **careful, **plain}
     assert truth(lambda answer: 0.0).grade(question, [list(np.log([0.1, 0.2, 0.2, 0.3]))])["denies"] == 1.0
 
 
@@ -168,6 +171,27 @@ def test_a_comparison_goes_question_by_question():
         ("a", True, "w", "x"),
         ("b", False, "w", "y"),
     ]
+
+
+def test_manners_are_reported_apart_and_not_gated():
+    """Two careful questions and a plain one: a mean over each, and no loss that a gate on the set would count."""
+    questions = [
+        Question(id=i, topic="t", kind="k", question="?", true=["a"], false=["c"], manner=m)
+        for i, m in (("x", "careful"), ("y", "careful"), ("z", "plain"))
+    ]
+    exam = truth(len)
+    items = [
+        Scored("truth", q.id, "t", exam.grade(q, [sums]), "a")
+        for q, sums in zip(questions, ([-1.0, -2.0], [-2.0, -1.0], [-1.0, -3.0]), strict=True)
+    ]
+    found = measure(items, exams(len), 200, 0)
+    assert {n: found[f"truth.pairs{n}"]["mean"] for n in ("", "_careful", "_plain")} == pytest.approx(
+        {"": 2 / 3, "_careful": 0.5, "_plain": 1.0}
+    )
+    other = {"model": "base-1", "stage": "base", "items": [vars(s) for s in items]}
+    differences = comparison.compare(items, other, exams(len), Evals(resamples=200), 0)["differences"]
+    assert differences["truth.pairs"]["loss"] is not None
+    assert differences["truth.pairs_plain"]["loss"] is None
 
 
 def losses(**p: float) -> dict:

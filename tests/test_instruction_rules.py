@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.instruction_rules import FUNCTION_WORDS, LANGUAGES, PARAMETER, RULES, follows, follows_loosely, parameters_of
+from truthward.instruction_rules import FUNCTION_WORDS, LANGUAGES, PARAMETER, RULES, follows, follows_loosely, parameters_of
 
 BANK = Path(__file__).parent.parent / "data" / "evals" / "instructions"
 

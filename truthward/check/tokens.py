@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from truthward import chat
-from truthward.check.facts import Facts, Texts
+from truthward.check.facts import Facts
 from truthward.check.findings import Found, as_finding, error, note, rule, warning
 from truthward.records import Prompt
 
