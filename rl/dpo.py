@@ -5,8 +5,8 @@ however many pairs it is in, the prompt once for all answers, without padding, a
 pass through the LM head (:mod:`truthward.branches`). The reference is the parent model; its log-probabilities are computed
 once, before training, and the first loss is asserted to be ln 2.
 
-Beside prompts with pairs stand the base's own answers to ordinary prompts (:mod:`truthward.replay`); at each of their
-tokens the policy is held to the base's distribution, ``+ replay_coef * KL(base || policy)``.
+Beside prompts with pairs stand the parent's own answers to ordinary prompts (:mod:`truthward.replay`); at each of their
+tokens the policy is held to the parent's distribution, ``+ replay_coef * KL(parent || policy)``.
 """
 
 from __future__ import annotations
@@ -83,11 +83,12 @@ class SoftDpoTrainer(DPOTrainer):
         if self.state.global_step == 0 and self.table.loss != "length_normalised":
             exact = self.model.dtype == torch.float32
             check_start("dpo loss", preference.item(), math.log(2), 1e-3 if exact else 0.05, self.run)
+            check_start("divergence on replayed answers", drift.item(), 0.0, 1e-3 if exact else 0.05, self.run)
         total = preference + self.table.sft_coef * (nll * weight).sum() + self.table.replay_coef * drift
         return (total, outputs) if return_outputs else total
 
     def _replayed(self, divergence_M: Tensor, replied: list[int]) -> Tensor:
-        """Mean KL(base || policy) a token: of each answer, then over as many answers as a micro-batch has on average."""
+        """Mean KL(parent || policy) a token: of each answer, then over as many answers as a micro-batch has on average."""
         if not self.replay or not replied:
             return divergence_M.sum()
         lengths = [len(self.replay.items[n].answers[0]) for n in replied]
@@ -158,12 +159,11 @@ def run(recipe: Recipe, this: Run) -> None:
     dtype, compute = hardware.set_up(recipe.model, this)
     pairs = sum(len(row["pairs"]) for row in rows)
     say(f"  {pairs} pairs on {len(rows)} prompts; {compute}")
-    replayed = None
-    if table.replay:
-        replayed = replay.anchored(replay.replies(recipe, table, this, dtype), this, dtype)
-        for row, numbers in zip(rows, replay.share_out(len(replayed.items), len(rows), table.replay_share), strict=True):
-            row["replies"] = numbers
+    replied = replay.replies(recipe, table, this, dtype) if table.replay else []
     model = models.load_cut(parent, dtype, recipe.launch)
+    replayed = replay.anchored(replied, model, tokenizer, head_is_trained=table.tune == "full") if replied else None
+    for row, numbers in zip(rows, replay.share_out(len(replied), len(rows), table.replay_share), strict=True):
+        row["replies"] = numbers
     for row, sums in zip(rows, reference(model, items, in_step=recipe.launch.zero == 3), strict=True):
         row["ref_logprobs"] = sums
     trainer = SoftDpoTrainer(

@@ -1,13 +1,13 @@
-"""Replay in the stages: the base answers once for all of them, its answers are learned on and are on record."""
+"""Replay in the stages: the parent answers once, its answers are learned on or held to, and are on record."""
 
 import json
 
 import pytest
 import torch
 
-from truthward import chat, models, replay
+from truthward import chat, replay
 from truthward.branches import Item, plant
-from truthward.ledger import KEPT, Run, plan
+from truthward.ledger import plan
 from truthward.records import Prompt, read_rows
 from truthward.score import answer_sums
 from truthward.tracking import read_metrics
@@ -18,23 +18,30 @@ def words(lab, stage: str, **more) -> list[str]:
     return [f"{stage}.{key}={json.dumps(value)}" for key, value in table.items()]
 
 
-def test_the_base_answers_once_for_all_stages(copy):
-    """Both stages learn on the same rows, which the base drew and the first stage kept; each run has a copy."""
-    sft = copy.run("sft", *words(copy, "sft"))
-    kept = list((copy.runs / "lab" / KEPT / "replies").glob("*.jsonl"))
-    assert len(kept) == 1
-    before = kept[0].stat().st_mtime_ns
-    dpo = copy.run("dpo", *words(copy, "dpo"), *words(copy, "sft"), 'dpo.preferences=["' + str(copy.home / "bank") + '"]')
-    assert list((copy.runs / "lab" / KEPT / "replies").glob("*.jsonl")) == kept
-    assert kept[0].stat().st_mtime_ns == before
-    rows = [read_rows(run.path / "replay.jsonl", replay.Reply) for run in (sft, dpo)]
-    assert rows[0] == rows[1]
-    assert len(rows[0]) == 4
-    asked = {p.prompt for p in read_rows(copy.home / "prompts.jsonl", Prompt)}
-    assert {row.prompt for row in rows[0]} <= asked
-    assert all(1 <= len(row.answer_ids) <= 6 for row in rows[0])
-    assert read_metrics(dpo)[0]["replay/kl"] >= 0
-    assert "replay/kl" not in read_metrics(copy.run("dpo"))[0]
+def test_the_parent_answers_once_and_is_on_record(copy):
+    """DPO replays what SFT says; a run that goes on reads what it wrote before."""
+    bank = 'dpo.preferences=["' + str(copy.home / "bank") + '"]'
+    dpo = copy.run("dpo", *words(copy, "dpo"), bank)
+    rows = read_rows(dpo.path / "replay.jsonl", replay.Reply)
+    assert len(rows) == 4
+    assert {row.prompt for row in rows} <= {p.prompt for p in read_rows(copy.home / "prompts.jsonl", Prompt)}
+    assert all(1 <= len(row.answer_ids) <= 6 for row in rows)
+    assert {row.model for row in rows} == {dpo.parent("model").manifest["fingerprint"]}
+    first, last = (read_metrics(dpo)[k]["replay/kl"] for k in (0, -1))
+    assert first == pytest.approx(0, abs=1e-5)
+    assert last > 1e-4
+    written = (dpo.path / "replay.jsonl").stat().st_mtime_ns
+    recipe = copy.recipe(*words(copy, "dpo"), bank)
+    assert replay.replies(recipe, recipe.dpo, dpo, torch.float32) == rows
+    assert (dpo.path / "replay.jsonl").stat().st_mtime_ns == written
+    assert "replay/kl" not in read_metrics(copy.run("dpo", bank))[0]
+
+
+def test_replay_holds_the_policy_to_its_parent(copy):
+    """The same run with a heavy weight ends nearer to its parent, on the replayed answers, than with a light one."""
+    bank = 'dpo.preferences=["' + str(copy.home / "bank") + '"]'
+    ends = [read_metrics(copy.run("dpo", *words(copy, "dpo", replay_coef=c), bank))[-1]["replay/kl"] for c in (0.01, 30.0)]
+    assert ends[1] < 0.8 * ends[0]
 
 
 def test_sft_learns_on_the_replayed_answers(copy):
@@ -52,27 +59,23 @@ def test_other_prompts_are_another_run(copy):
     assert len(paths) == 3
 
 
-def test_anchors_are_what_the_base_says(copy):
-    """Distributions from the kept states are those of plain forward passes; DPO's anchor is the base, not its parent."""
-    sft = copy.run("sft")
-    run = Run.load(plan(copy.recipe())["dpo"].path)
-    base = Run.load(plan(copy.recipe())["base"].path)
-    tokenizer = models.load_tokenizer(base)
+@pytest.mark.parametrize("trained", [False, True])
+def test_anchors_are_what_the_parent_says(sharp, trained):
+    """Distributions from the kept states are those of plain forward passes; a head that will be trained is copied."""
+    model, tokenizer = sharp
     texts = ["Hm.", "So it is, I think.", "No"]
     rows = [
         replay.Reply(prompt_id=str(n), prompt="Why?", answer=t, answer_ids=chat.answer_ids(tokenizer, t), seed=0, model="")
         for n, t in enumerate(texts)
     ]
-    found = replay.anchored(rows, run, torch.float32)
+    found = replay.anchored(rows, model, tokenizer, head_is_trained=trained)
     anchor = found.anchor([2, 0])
-    log_q = (anchor.states_MH @ anchor.weight_VH.T).log_softmax(-1)
+    shares = (anchor.states_MH @ anchor.weight_VH.T).log_softmax(-1)
     targets = torch.tensor([*rows[2].answer_ids, *rows[0].answer_ids])
-    sums = log_q.gather(1, targets.unsqueeze(1)).squeeze(1).split([len(rows[2].answer_ids), len(rows[0].answer_ids)])
-    for of, differs in ((base, False), (sft, True)):
-        model = models.load(of)
-        expected = answer_sums(model, [found.items[2], found.items[0]])
-        same = [s.sum().item() == pytest.approx(e[0], abs=1e-3) for s, e in zip(sums, expected, strict=True)]
-        assert all(same) is not differs
+    sums = shares.gather(1, targets.unsqueeze(1)).squeeze(1).split([len(rows[2].answer_ids), len(rows[0].answer_ids)])
+    expected = [values[0] for values in answer_sums(model, [found.items[2], found.items[0]])]
+    assert [part.sum().item() for part in sums] == pytest.approx(expected, abs=1e-3)
+    assert (anchor.weight_VH.data_ptr() == model.get_output_embeddings().weight.data_ptr()) is not trained
 
 
 def test_states_do_not_depend_on_what_they_were_computed_with(sharp, monkeypatch):

@@ -1,35 +1,33 @@
-"""Replay: the base model's own answers to ordinary prompts, which training keeps likely so that the voice is not lost.
+"""Replay: a model's own answers to ordinary prompts, which training keeps likely so that the voice is not lost.
 
 Preference training on short factual sentences moves everything else that a model says, most of all what nobody measures.
-Rehearsal of what it said before is the oldest remedy (Robins 1995); on a language model's own samples it is Sun et al. 2020
-(LAMOL, arXiv 1909.03329). The distribution over all words is kept rather than the sampled word alone, as a KL penalty at
-the tokens of these answers does.
+Rehearsal of what was learned before is the oldest remedy (Robins 1995); with samples of the language model itself it is Sun
+et al. 2020 (LAMOL, arXiv 1909.03329). SFT learns on the answers as on demonstrations; DPO is held to the whole distribution
+over words at each of their tokens, by a KL penalty, as the reference of Ziegler et al. 2019 (arXiv 1909.08593) is there.
 """
 
 from __future__ import annotations
 
-import gc
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from truthward import chat, models, ranks
+from truthward import chat, models, ranks, zero
 from truthward.branches import Item, plant
 from truthward.console import progress
-from truthward.fingerprint import digest, hash_path
+from truthward.fingerprint import digest
 from truthward.generate import generate
 from truthward.head import Anchor
-from truthward.ledger import KEPT, Run
+from truthward.ledger import Run
 from truthward.records import Prompt, Row, draw, read_rows, write_rows
 from truthward.tables import Recipe, Voice
 
-TOKENS = 2048  # in one forward pass of the base
+TOKENS = 2048  # in one forward pass of the parent
 
 
 class Reply(Row):
-    """The base's answer to a prompt, as text and as the tokens it drew, without an end token where the limit came first."""
+    """The parent's answer to a prompt, as text and as the tokens it drew; no end token where the limit came first."""
 
     prompt_id: str
     prompt: str
@@ -40,7 +38,7 @@ class Reply(Row):
 
 
 class Replay(NamedTuple):
-    """Replies as prompts with one answer, the base's states at their tokens ``[M, H]`` in that order, and its head."""
+    """Replies as prompts with one answer, the parent's states at their tokens ``[M, H]`` in that order, and its head."""
 
     items: list[Item]
     states: list[Tensor]
@@ -48,35 +46,30 @@ class Replay(NamedTuple):
     bias_V: Tensor | None
 
     def anchor(self, numbers: list[int]) -> Anchor:
-        """What the base says at the tokens of some of the replies, one after the other."""
+        """What the parent says at the tokens of some of the replies, one after the other."""
         return Anchor(torch.cat([self.states[n] for n in numbers]), self.weight_VH, self.bias_V)
 
 
 def replies(recipe: Recipe, table: Voice, this: Run, dtype: torch.dtype) -> list[Reply]:
-    """The base's answers for a stage, sampled once for all stages that replay the same prompts; called by every rank.
+    """The parent's answers for a stage, sampled once and kept in its run; called by every rank.
 
     Args:
         table: the stage's own, with ``replay`` set.
-        this: the stage's run, into which a copy is written.
+        this: the stage's run.
     """
-    base = models.chain(this.parent("model"))[0]
-    asked = [hash_path(table.replay), table.replay_prompts, table.replay_tokens, table.replay_temperature, recipe.seed]
-    name = digest([base.manifest["fingerprint"], *asked])[:16]
-    path = this.path.parent / KEPT / "replies" / f"{name}.jsonl"
+    path = this.path / "replay.jsonl"
 
     def sample() -> None:
         if not path.exists():
-            write_rows(path, _sampled(recipe, table, base, dtype))
-        if not (this.path / "replay.jsonl").exists():
-            write_rows(this.path / "replay.jsonl", read_rows(path, Reply))
+            write_rows(path, _sampled(recipe, table, this.parent("model"), dtype))
 
     ranks.lead(sample)
-    return read_rows(this.path / "replay.jsonl", Reply)
+    return read_rows(path, Reply)
 
 
-def _sampled(recipe: Recipe, table: Voice, base: Run, dtype: torch.dtype) -> list[Reply]:
-    model, tokenizer = models.load(base, dtype), models.load_tokenizer(base)
-    prompts = draw(read_rows(Path(table.replay), Prompt), table.replay_prompts, recipe.seed)
+def _sampled(recipe: Recipe, table: Voice, parent: Run, dtype: torch.dtype) -> list[Reply]:
+    model, tokenizer = models.load(parent, dtype), models.load_tokenizer(parent)
+    prompts = draw(read_rows(table.replay, Prompt), table.replay_prompts, recipe.seed)
     seeds = [int(digest([recipe.seed, prompt.prompt, "replay"])[:12], 16) for prompt in prompts]
     with progress() as bar:
         task = bar.add_task("replayed answers", total=len(prompts))
@@ -97,32 +90,35 @@ def _sampled(recipe: Recipe, table: Voice, base: Run, dtype: torch.dtype) -> lis
             answer=chat.decode(tokenizer, completion.ids),
             answer_ids=completion.ids,
             seed=seed,
-            model=base.manifest["fingerprint"],
+            model=parent.manifest["fingerprint"],
         )
         for prompt, completion, seed in zip(prompts, spoken, seeds, strict=True)
     ]
 
 
 @torch.no_grad()
-def anchored(rows: list[Reply], this: Run, dtype: torch.dtype) -> Replay:
-    """Replies with what the base says at each of their tokens; the base is loaded for it and let go.
+def anchored(rows: list[Reply], model: Any, tokenizer: Any, *, head_is_trained: bool) -> Replay:
+    """Replies with what the parent says at each of their tokens; called by every rank.
 
-    The states are kept, 576 numbers a token at 135M, rather than distributions over 49,152 words.
+    Its states are kept, 576 numbers a token at 135M, rather than distributions over 49,152 words.
+
+    Args:
+        model: the parent, before anything of it is trained.
+        head_is_trained: its head will change with the policy's, so that a copy is kept.
     """
-    base = models.chain(this.parent("model"))[0]
-    model, tokenizer = models.load(base, dtype), models.load_tokenizer(base)
     items = [Item(chat.prompt_ids(tokenizer, chat.user(row.prompt)), [row.answer_ids]) for row in rows]
     states: list[Tensor] = []
-    for some in _batches(items):
-        forest = plant(some).to(model.device)
-        hidden = model.get_decoder()(**forest.inputs(dtype), use_cache=False).last_hidden_state[0, forest.source]
-        states += hidden.split([len(item.answers[0]) for item in some])
+    with zero.used_whole(model):
+        for some in _batches(items):
+            forest = plant(some).to(next(model.parameters()).device)
+            outputs = model.get_decoder()(**forest.inputs(model.dtype), use_cache=False)
+            states += outputs.last_hidden_state[0, forest.source].split([len(item.answers[0]) for item in some])
     head = model.get_output_embeddings()
-    bias = None if head.bias is None else head.bias.detach().clone()
-    replay = Replay(items, states, head.weight.detach().clone(), bias)
-    del model, head
-    gc.collect()
-    return replay
+    weight, bias = zero.kept_whole(head.weight), zero.kept_whole(head.bias)
+    assert weight is not None
+    if head_is_trained:
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    return Replay(items, states, weight, bias)
 
 
 def _batches(items: list[Item]) -> list[list[Item]]:
@@ -140,6 +136,7 @@ def share_out(count: int, rows: int, share: float) -> list[list[int]]:
     Over any stretch of rows the counts differ by at most one from ``share`` times its length.
     """
     taken: list[list[int]] = []
+    share = share if count else 0.0
     for row in range(rows):
         first, last = int(row * share), int((row + 1) * share)
         taken.append([number % count for number in range(first, last)])

@@ -45,16 +45,16 @@ class Training(Table):
 
 
 class Voice(Training):
-    """What keeps a chat model's voice while it is trained: replay of the base's own answers, and a part of the change.
+    """What keeps a chat model's voice while it is trained: replay of its parent's own answers, and a part of the change.
 
-    Answers to ordinary prompts are sampled from the base once; SFT learns on them as on demonstrations, DPO is held to the
-    base's distribution over words at each of their tokens.
+    Answers to ordinary prompts are sampled from the parent once; SFT learns on them as on demonstrations, DPO is held to the
+    parent's distribution over words at each of their tokens.
     """
 
     scale: float = Field(
         1.0, gt=0, le=1, description="share of the change of weights that is kept when the model is saved (WiSE-FT)"
     )
-    replay: str = Field("", description="ordinary prompts (JSONL) whose answers by the base are replayed; empty: none")
+    replay: str = Field("", description="ordinary prompts (JSONL) whose answers by the parent are replayed; empty: none")
     replay_prompts: int = Field(320, ge=1, description="replay at most this many of them, drawn by seed")
     replay_tokens: int = Field(48, ge=1, description="longest replayed answer in tokens")
     replay_temperature: float = Field(0.7, ge=0, description="sampling temperature of the replayed answers")
@@ -155,7 +155,7 @@ class Dpo(Voice):
     )
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference model")
     positive_coef: float = Field(5.0, gt=0, description="lambda of DPO-positive, in nats of an answer")
-    replay_coef: float = Field(1.0, gt=0, description="weight of KL(base || policy) a token of the replayed answers")
+    replay_coef: float = Field(1.0, gt=0, description="weight of KL(parent || policy) a token of the replayed answers")
     replay_share: float = Field(0.5, gt=0, description="replayed answers beside each prompt with its pairs")
     sft_coef: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-likelihood a token")
 
