@@ -33,7 +33,7 @@ DATA_KEYS = {
     "validation",
     "truth",
     "style_bank",
-    "sample_prompts",
+    "first_questions",
     "ptx_data",
 }
 

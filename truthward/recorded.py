@@ -203,10 +203,11 @@ class Item(Recorded):
     picked: str
 
 
-class Sample(Recorded):
+class FirstAnswer(Recorded):
     prompt: str
-    answer: str
     kind: str = ""
+    greedy: str
+    sampled: str
 
 
 class Evaluation(Recorded):
@@ -220,7 +221,7 @@ class Evaluation(Recorded):
     by_topic: dict[str, dict[str, dict[str, Score | None]]]
     baselines: dict[str, dict[str, float]] = {}
     items: list[Item]
-    samples: list[Sample] = []
+    first_questions: list[FirstAnswer] = []
     against_parent: Compared | None = None
     against_base: Compared | None = None
 
