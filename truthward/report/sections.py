@@ -13,6 +13,7 @@ from truthward.records import Question, read_rows
 from truthward.redaction import tidy
 from truthward.report.constitution import constitution, spread
 from truthward.report.first import first
+from truthward.report.frontier import frontier
 from truthward.report.measures import measures
 from truthward.report.page import (
     Html,
@@ -248,6 +249,7 @@ def _incident(entry: dict[str, Any]) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[View], Html]]] = {
     "first": ("What each stage says", first),
     "truth": ("Truthfulness by stage", truth),
+    "frontier": ("Truth against voice", frontier),
     "baselines": ("What style alone would score", baselines),
     "differences": ("Paired differences", differences),
     "topics": ("By topic", topics),
