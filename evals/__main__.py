@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evals import answers, benchmarks, comparison, fluency, harness, listening, open_answers, suite
-from evals.asking import Exam, answer_freely
+from evals import answers, benchmarks, comparison, first, fluency, harness, listening, open_answers, suite
+from evals.asking import Exam
 from evals.baselines import learn_style, style_baselines
 from evals.suite import Scored
 from truthward import hardware, models
@@ -75,7 +75,7 @@ def run(recipe: Recipe, this: Run) -> None:
         "baselines": baselines,
         "open_judge": judge,
         "items": [asdict(s) for s in scored],
-        "samples": _samples(recipe, model, tokenizer),
+        "first_questions": first.answers(model, tokenizer, read_rows(table.first_questions, Prompt)),
     }
     for role, key in COMPARED.items():
         other = _earlier(recipe, model_run, role)
@@ -202,16 +202,6 @@ def _earlier(recipe: Recipe, model_run: Run, role: str) -> dict[str, Any] | None
 
 def _read(path: Path) -> dict[str, Any]:
     return parse_json(read_text(path), str(path))
-
-
-def _samples(recipe: Recipe, model: Any, tokenizer: Any) -> list[dict[str, str]]:
-    """The most likely answer to a few prompts, the same at every stage."""
-    if not recipe.evals.samples:
-        return []
-    prompts = read_rows(recipe.evals.sample_prompts, Prompt)
-    chosen = draw(prompts, recipe.evals.samples, recipe.seed)
-    answers = answer_freely(model, tokenizer, [p.prompt for p in chosen], max_new_tokens=64)
-    return [{"prompt": p.prompt, "kind": p.kind, "answer": a} for p, a in zip(chosen, answers, strict=True)]
 
 
 def _report(result: dict[str, Any]) -> None:

@@ -117,15 +117,17 @@ def wins(right: float, wrong: Sequence[float]) -> float:
     return 1.0 / (1 + list(wrong).count(right))
 
 
-def answer_freely(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """The most likely (greedy) answer to each prompt of a user."""
+def answer_freely(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, temperature: float = 0.0
+) -> list[str]:
+    """The most likely (greedy) answer to each prompt of a user; at a temperature, a sample that its place seeds."""
     completions = generate(
         model,
         [chat.prompt_ids(tokenizer, chat.user(prompt)) for prompt in prompts],
-        [0] * len(prompts),
+        list(range(len(prompts))),
         eos=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         max_new_tokens=max_new_tokens,
-        temperature=0,
+        temperature=temperature,
     )
     return [chat.decode(tokenizer, c.ids) for c in completions]

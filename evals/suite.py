@@ -50,7 +50,7 @@ def known_texts(recipe: Recipe) -> Iterator[str]:
     """All that the evals' banks and the data beside them hold in words, the same at every stage of a recipe."""
     table = recipe.evals
     rows = [row for name in ("truth", *banked(table.sets)) for row in read_bank(recipe, name)]
-    rows += [*read_rows(table.style_bank, Question), *read_rows(table.sample_prompts, Prompt)]
+    rows += [*read_rows(table.style_bank, Question), *read_rows(table.first_questions, Prompt)]
     for row in rows:
         yield row.model_dump_json()
 

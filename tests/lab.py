@@ -75,7 +75,7 @@ accept = ["leak-exact", "leak-validation"]
 [evals]
 truth = "{home}/bank"
 resamples = 400
-sample_prompts = "{home}/prompts.jsonl"
+first_questions = "{home}/prompts.jsonl"
 sets = ["truth"]
 gate = "off"
 """

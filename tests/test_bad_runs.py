@@ -25,7 +25,7 @@ from truthward.amendments import users
 from truthward.card import lineage, model_card
 from truthward.effects import show_effect
 from truthward.errors import UserError
-from truthward.ledger import Run, plan
+from truthward.ledger import Run, plan, write_json
 from truthward.models import chain
 from truthward.records import Preference, Revision, write_rows
 
@@ -45,6 +45,10 @@ def world(tmp_path_factory) -> Any:
     change(places["evals-sft"].path, gate={"mode": "block", "override": {"reason": "r", "who": "w", "time": "t"}})
     made = {"principle_accuracy": score, "calibration": {"brier": 0.2, "ece": 0.1}, "principles": {"kind": score}}
     change(places["reward"].path, metrics={"validation_accuracy": score, **made})
+    metrics = {"truth.mc2": score, "truth.pairs": score, "short.right": score}
+    points = [{"scale": scale, "metrics": metrics} for scale in (0.0, 1.0)]
+    frontier = {"model": "sft-1", "parent": "base-1", "split": "dev", "points": points}
+    write_json(places["sft"].path / "frontier.json", frontier)
     copy = places["sft"].path.parent / "constitution-0"
     shutil.copytree(places["sft"].path, copy)
     change(copy, stage="constitution")
@@ -79,7 +83,9 @@ def replaced(file: Path, content: bytes) -> Any:
         file.write_bytes(kept)
 
 
-FILES = st.sampled_from([(n, "manifest.json") for n in ("base", "sft", "reward", "dpo", "judged", "evals-sft")])
+FILES = st.sampled_from(
+    [(n, "manifest.json") for n in ("base", "sft", "reward", "dpo", "judged", "evals-sft")] + [("sft", "frontier.json")]
+)
 SCORED = st.sampled_from([(n, f) for n in ("evals-base", "evals-sft") for f in ("evals.json", "manifest.json")])
 
 
@@ -91,6 +97,7 @@ def no_plots(monkeypatch):
         (report.training, "curve_plot"),
         (report.constitution, "principles_plot"),
         (report.measures, "confidence_plot"),
+        (report.frontier, "frontier_plot"),
     ):
         monkeypatch.setattr(module, name, lambda *a, **k: "<svg></svg>")
 

@@ -124,7 +124,7 @@ PATHS = {
     "dpo.preferences": True,
     "ppo.prompts": False,
     "evals.truth": False,
-    "evals.sample_prompts": False,
+    "evals.first_questions": False,
 }
 
 
@@ -142,7 +142,10 @@ def test_every_row_of_the_shipped_data_is_read(tiny, monkeypatch):
     monkeypatch.setattr(facts_module, "read_rows", lambda path, kind: seen.add(path) or [])
     Facts(tiny(), "my.toml").read_all()
     banks = {f"evals/{name}/test" for name in BANKS if name != "truth"} | {"evals/open/dev"}
-    assert seen == {f"data/{n}" for n in {"prompts.jsonl", "judge", "truth/train", "truth/dev", "truth/test"} | banks}
+    assert seen == {
+        f"data/{n}"
+        for n in {"prompts.jsonl", "first-questions.jsonl", "judge", "truth/train", "truth/dev", "truth/test"} | banks
+    }
 
 
 # -------------------------------------------------------------------------------------------- disk, reasons, commands

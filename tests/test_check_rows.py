@@ -13,6 +13,7 @@ from truthward.check.rows import NEAR, twins, words
 
 TEST_ROW = json.loads((ROOT / "data/truth/test/space-astronomy.jsonl").read_text().splitlines()[0])
 TESTED, TWIN = TEST_ROW["question"], f"So {TEST_ROW['question'].lower().rstrip('?')} !"
+FIRST = "What is the capital of France?"
 DEV_ROW = json.loads(next(iter(sorted((ROOT / "data/truth/dev").glob("*.jsonl")))).read_text().splitlines()[0])
 SENTENCES = [
     f"Statement {n} is about {word} alone." for n, word in enumerate(["tea", "salt", "iron", "bees", "rain", "sand"] * 12)
@@ -78,13 +79,15 @@ PLANTED = [
     Planted("leak-near", "error", "sft.data", "near-duplicates", rows("sft.data", [demonstration(TWIN, "No.")])),
     Planted("leak-exact", "error", SOURCE, "memory", rows("ppo.prompts", [{"id": "x", "prompt": TESTED}])),
     Planted("leak-near", "error", SOURCE, "memory", preferences([pair(TWIN, "a", "b")])),
+    Planted("leak-exact", "error", SOURCE, FIRST, rows("ppo.prompts", [{"id": "x", "prompt": FIRST}])),
+    Planted("leak-near", "error", "sft.data", FIRST, rows("sft.data", [demonstration(f"So, {FIRST.lower()}", "Paris.")])),
     Planted("leak-validation", "error", "reward.validation", "1 of 1", leaky_validation),
     Planted("leak-splits", "warning", "data/truth/test", "tuned", validation_of_the_test),
     Planted("leak-splits", "warning", "TMP/evals/persona/test", "barn", leaky_split),
     Planted("leak-judge", "warning", "reward.principle_bank", "1 of its prompts", leaky_judge),
     Planted("data-unreadable", "error", "TMP/a.jsonl:1", "id", two_bad_files),
     Planted("data-unreadable", "error", "TMP/b.jsonl:1", "JSON", two_bad_files),
-    Planted("data-unreadable", "error", "nowhere.jsonl", "no such file", ["evals.sample_prompts=nowhere.jsonl"]),
+    Planted("data-unreadable", "error", "nowhere.jsonl", "no such file", ["evals.first_questions=nowhere.jsonl"]),
     Planted("rows-twice", "warning", SOURCE, "1 of 2", rows("sft.data", [demonstration("Why?", "So.", n) for n in "ab"])),
     Planted("ids-twice", "warning", "sft.data", "x", rows("sft.data", [demonstration(q, "So.") for q in ("Why?", "How?")])),
     Planted("answer-blank", "error", SOURCE, "blank", rows("sft.data", [demonstration("Why?", " \n")])),

@@ -267,7 +267,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(lab, whole, tmp_path, mo
 
 def test_it_is_scored_and_built_upon_like_any_model(world, whole):
     """Evals compare it with its parent; DPO and PPO name it as theirs; a second run has nothing to do."""
-    more = ['evals.models=["base","sft","distill"]', f"evals.style_bank={world.home / 'bank'}", "evals.samples=1"]
+    more = ['evals.models=["base","sft","distill"]', f"evals.style_bank={world.home / 'bank'}"]
     recipe = world.recipe(*distillation(world, *more))
     for name in ("evals-sft", "evals-distill"):
         run_stage(recipe, name, evals.run)

@@ -19,7 +19,7 @@ from truthward import chat
 from truthward.errors import GateFailed, UserError
 from truthward.ledger import Run, open_run, plan
 from truthward.record.words import METRICS
-from truthward.records import Question, read_rows
+from truthward.records import Prompt, Question, read_rows
 from truthward.stage import run_stage
 from truthward.stats import mean_interval
 from truthward.tables import Evals
@@ -275,7 +275,7 @@ def praise(world: Lab, name: str, *overrides: str) -> None:
 
 
 def test_a_scored_model_is_on_record_with_everything_the_report_needs(world):
-    base, sft = score(world, "evals-base"), score(world, "evals-sft")
+    base, sft = (score(world, name, 'evals.brief=["sft"]') for name in ("evals-base", "evals-sft"))
     assert "against_parent" not in base
     assert sft["against_parent"]["stage"] == sft["against_base"]["stage"] == "base"
     questions = read_rows(world.home / "bank", Question)
@@ -288,7 +288,8 @@ def test_a_scored_model_is_on_record_with_everything_the_report_needs(world):
     assert set(base["baselines"]) - set(sft["baselines"]) == {"random weights"}
     assert base["baselines"]["random weights"].keys() >= METRICS.keys()
     assert sft["about"]["truth.mc1"] == {"label": "MC1", "better": "higher"}
-    assert [s["prompt"] for s in sft["samples"]] == [s["prompt"] for s in base["samples"]] != []
+    asked = [p.prompt for p in read_rows(world.recipe().evals.first_questions, Prompt)]
+    assert [s["prompt"] for s in sft["first_questions"]] == [s["prompt"] for s in base["first_questions"]] == asked
     assert "float32" in sft["dtype"]
 
 

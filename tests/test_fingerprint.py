@@ -14,7 +14,7 @@ def test_how_a_path_is_written_does_not_rename_a_run(world, tmp_path, monkeypatc
     """Absolute, relative, or by a way round: the same file is the same data; another name or content is not."""
     before = names(world())
     if spelling == "demos.jsonl":
-        places = ["truth", "style_bank", "banks", "sample_prompts"]  # found from the working directory
+        places = ["truth", "style_bank", "banks", "first_questions"]  # found from the working directory
         defaults = {f"evals.{key}": getattr(world().evals, key) for key in places}
         defaults |= {"reward.principle_bank": "data/judge", "dpo.preferences": ["data/truth/train"]}
         absolute = [f"{k}={[str(ROOT / p) for p in v] if isinstance(v, list) else ROOT / v}" for k, v in defaults.items()]
@@ -44,7 +44,7 @@ def test_a_reward_by_its_modules_name_counts_by_its_source_and_is_not_imported(w
     (tmp_path / "mine" / "__init__.py").write_text("raise SystemExit('imported')")
     (tmp_path / "mine" / "scores.py").write_text("def short(completions): ...")
     absolute = [f"evals.{key}={ROOT / getattr(world().evals, key)}" for key in ("truth", "style_bank", "banks")]
-    absolute += [f"evals.sample_prompts={ROOT}/data/prompts.jsonl", f"ppo.prompts={ROOT}/data/prompts.jsonl"]
+    absolute += [f"evals.first_questions={ROOT}/data/first-questions.jsonl", f"ppo.prompts={ROOT}/data/prompts.jsonl"]
     recipe = world(*absolute, 'ppo.rewards=["mine.scores:short", "some/hub-id"]', text=PPO)
     before = names(recipe)
     assert "mine/scores.py" in plan(recipe)["ppo"].data

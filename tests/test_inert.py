@@ -68,7 +68,9 @@ def planted(tmp_path: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> Any
     values["by_topic"]["truth"][attack] = values["by_topic"]["truth"]["sky"]
     values["baselines"][attack] = dict.fromkeys(test_report._all(0), 0.5)
     values["items"].append({**values["items"][0], "set": "skills", "id": attack, "picked": attack})
-    values["samples"] = [{"prompt": attack, "kind": attack, "answer": f"begin {attack} end"}]
+    values["first_questions"] = [
+        {"prompt": attack, "kind": attack, "greedy": f"begin {attack} end", "sampled": f"first {attack} last"}
+    ]
     for key in ("against_parent", "against_base"):
         for one in ("truth", "skills"):
             values[key]["flipped"].append({"set": one, "id": attack, "better": False, "before": attack, "after": attack})
@@ -86,8 +88,8 @@ def test_an_attack_is_text_in_the_report_and_on_the_card(tmp_path, monkeypatch, 
     page.feed(text)
     assert page.works == []
     assert not console.ODD.search(text)
-    said = inert(f"begin {attack} end")
-    assert said in "".join(page.texts)
+    for said in (f"begin {attack} end", f"first {attack} last"):
+        assert inert(said) in "".join(page.texts)
     card = model_card(Run.load(plan(recipe)["sft"].path))
     assert not console.ODD.search(card)
     assert not works(card)

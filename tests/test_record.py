@@ -54,13 +54,13 @@ beta = "{reason}"
 [evals]
 truth = "{root}/data/bank"
 style_bank = "{root}/data/bank"
-sample_prompts = "{root}/data/prompts.jsonl"
+first_questions = "{root}/data/prompts.jsonl"
 sets = ["truth"]
 models = ["sft", "dpo"]
 [evals.why]
 truth = "written for these tests"
 style_bank = "written for these tests"
-sample_prompts = "written for these tests"
+first_questions = "written for these tests"
 sets = "one set is enough here"
 models = "base is not asked here"
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
@@ -20,6 +21,8 @@ from truthward.record.settings import recipe_toml
 from truthward.records import Preference
 from truthward.report import closing_table, write_report
 from truthward.report import constitution as section
+from truthward.report.sections import SECTIONS
+from truthward.report.view import gather
 
 ATTACK = "<script>alert('x')</script>"
 TOPICS = ("sky", "sea")
@@ -47,10 +50,10 @@ prompts = "{root}/prompts.jsonl"
 why = {{ prompts = "made up" }}
 [evals]
 truth = "{root}/bank"
-sample_prompts = "{root}/prompts.jsonl"
+first_questions = "{root}/prompts.jsonl"
 resamples = 100
 sets = ["truth"]
-why = {{ truth = "made up", sample_prompts = "made up", resamples = "quick", sets = "quick" }}
+why = {{ truth = "made up", first_questions = "made up", resamples = "quick", sets = "quick" }}
 """
 
 
@@ -75,6 +78,10 @@ def _items(right: int) -> list[dict[str, Any]]:
     ]
 
 
+def first_answer(stage: str) -> dict[str, str]:
+    return {"prompt": "Is the <sea> dry?", "kind": "fact", "greedy": f"{stage}: {ATTACK}", "sampled": f"{stage}, warmer"}
+
+
 def _evals(planned: dict[str, Planned], recipe: Recipe, stage: str, **more: Any) -> dict[str, Any]:
     score = _interval(0.457, 0.402, 0.511)
     return {
@@ -88,7 +95,7 @@ def _evals(planned: dict[str, Planned], recipe: Recipe, stage: str, **more: Any)
         "by_topic": {"truth": {topic: _all(score) for topic in TOPICS}},
         "baselines": {name: _all(0.25) for name in ("longest answer", "shortest answer", "first word", "bag of words")},
         "items": _items(1 if stage == "base" else 3),
-        "samples": [{"prompt": "Is the <sea> dry?", "kind": "fact", "answer": f"{stage}: {ATTACK}"}],
+        "first_questions": [first_answer(stage)],
         **more,
     }
 
@@ -177,6 +184,13 @@ def furnish(root: Path) -> Recipe:
     return recipe
 
 
+def change(recipe: Recipe, name: str, **values: Any) -> None:
+    """Rewrite keys of an ``evals.json``; None takes one out."""
+    path = plan(recipe)[name].path / "evals.json"
+    changed = json.loads(path.read_text(encoding="utf-8")) | values
+    write_json(path, {key: value for key, value in changed.items() if value is not None})
+
+
 def test_report_escapes_what_models_and_files_say(recipe: Recipe) -> None:
     text = write_report(recipe).read_text(encoding="utf-8")
     assert "<script" not in text
@@ -209,6 +223,37 @@ def test_report_says_the_outcome_and_the_numbers(recipe: Recipe) -> None:
     assert "Question 1 &amp; why?" in text
     assert "slow disk" in text
     assert text.count("<svg") == 2
+
+
+def test_report_opens_with_what_each_stage_says(recipe: Recipe) -> None:
+    """Right behind the verdict, the greedy answer over the sampled one, a column for each stage that was asked."""
+    text = write_report(recipe).read_text(encoding="utf-8")
+    assert re.findall(r'<h2 id="([^"]*)"', text)[:2] == ["first", "truth"]
+    assert re.search(r'<a href="#([^"]*)"', text)[1] == "first"
+    section = text.partition('<h2 id="first"')[2].partition("<h2")[0]
+    assert re.findall(r"<th [^>]*>([^<]*)<", section) == ["question", "base", "sft"]
+    shown = re.findall(r'<div class="(text[^"]*)">([^<]*)<', section)
+    said = [("text", f"{s}: {html.escape(ATTACK)}") for s in ("base", "sft")]
+    warmer = [("text off", f"{s}, warmer") for s in ("base", "sft")]
+    assert shown == [("text", "Is the &lt;sea&gt; dry?"), said[0], warmer[0], said[1], warmer[1]]
+
+
+def test_answers_that_are_missing_or_empty_are_told_apart(recipe: Recipe) -> None:
+    """One stage was asked another question too, and said nothing to it."""
+    silent = {"prompt": "And wet?", "greedy": "", "sampled": ""}
+    change(recipe, "evals-sft", first_questions=[first_answer("sft"), silent])
+    section = str(SECTIONS["first"][1](gather(recipe)))
+    assert re.findall(r"<tr>(?:(?!</tr>).)*And wet.*?</tr>", section, re.DOTALL)[0].count("<td>-</td>") == 1
+    assert section.count("(no words)") == 2
+
+
+def test_evals_from_before_the_first_questions_are_read(recipe: Recipe) -> None:
+    """They held samples of another form, and have no column in a table that others fill."""
+    older = [{"prompt": "p", "kind": "k", "answer": "a"}]
+    change(recipe, "evals-base", samples=older, first_questions=None)
+    assert re.findall(r"<th [^>]*>([^<]*)<", str(SECTIONS["first"][1](gather(recipe)))) == ["question", "sft"]
+    change(recipe, "evals-sft", samples=older, first_questions=None)
+    assert 'id="first"' not in write_report(recipe).read_text(encoding="utf-8")
 
 
 def test_report_names_missing_stages(recipe: Recipe) -> None:

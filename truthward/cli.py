@@ -41,6 +41,7 @@ def main() -> None:
     lines.set_defaults(work=_launch)
     talk = commands.add_parser("chat", help="talk to the model of any stage")
     talk.add_argument("run", help="run directory, e.g. runs/laptop/ppo-…")
+    talk.add_argument("--compare", metavar="RUN", help="another run directory, whose model answers beside it")
     talk.add_argument("--temperature", type=float, default=0.0)
     talk.add_argument("--max-new-tokens", type=int, default=128)
     talk.add_argument("--system", default="")
@@ -215,7 +216,8 @@ def _compare(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     from truthward.talk import talk
 
-    talk(Run.load(options.run), options.system, options.temperature, options.max_new_tokens)
+    other = None if options.compare is None else Run.load(options.compare)
+    talk(Run.load(options.run), options.system, options.temperature, options.max_new_tokens, other)
 
 
 def _export(options: argparse.Namespace) -> None:

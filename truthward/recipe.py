@@ -48,7 +48,7 @@ DATA_KEYS = {
     "validation",
     "truth",
     "style_bank",
-    "sample_prompts",
+    "first_questions",
     "ptx_data",
     "replay",
 }

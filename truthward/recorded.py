@@ -1,4 +1,5 @@
-"""What a run directory's files hold, checked before a command goes by them: ``manifest.json`` and ``evals.json``.
+"""What a run directory's files hold, checked before a command goes by them: ``manifest.json``, ``evals.json``,
+``frontier.json``.
 
 Runs come from elsewhere too: of another version, cut off, edited, or made up. Keys that are not named here may be there
 and may be anything; those that are named are what our commands read.
@@ -203,10 +204,11 @@ class Item(Recorded):
     picked: str
 
 
-class Sample(Recorded):
+class FirstAnswer(Recorded):
     prompt: str
-    answer: str
     kind: str = ""
+    greedy: str
+    sampled: str
 
 
 class Evaluation(Recorded):
@@ -220,9 +222,21 @@ class Evaluation(Recorded):
     by_topic: dict[str, dict[str, dict[str, Score | None]]]
     baselines: dict[str, dict[str, float]] = {}
     items: list[Item]
-    samples: list[Sample] = []
+    first_questions: list[FirstAnswer] = []
     against_parent: Compared | None = None
     against_base: Compared | None = None
+
+
+class Point(Recorded):
+    scale: float
+    metrics: dict[str, Score | None]
+
+
+class Frontier(Recorded):
+    model: Name
+    parent: Name
+    split: str
+    points: list[Point]
 
 
 def require_manifest(value: Any, where: str) -> None:
@@ -248,6 +262,17 @@ def read_evals(path: Path) -> dict[str, Any]:
         if missing := [name for name in TRUTH if found.get(name) is None]:
             what = f"{key}: {', '.join(missing)} missing; cards and reports begin with them"
             raise UserError(what, where=str(path), fix=FIX)
+    return value
+
+
+def read_frontier(path: Path) -> dict[str, Any]:
+    """A ``frontier.json``: what a model scores with its change from its parent taken at several scales.
+
+    Raises:
+        UserError: it is no JSON, or not of the form; names the keys at fault.
+    """
+    value = parse_json(read_text(path), str(path))
+    _require(value, Frontier, str(path))
     return value
 
 

@@ -73,7 +73,7 @@ def shrink(recipe: Recipe, ranks: int = RANKS) -> dict[str, Any]:
         _shrink_ppo(recipe, made, world, lengths)
     if probed(recipe):
         _set(made, "guard", probe_every=1, probe_questions=2)
-    _set(made, "evals", most=3, resamples=200, samples=2, gate="warn", files={}, lm_eval=[])
+    _set(made, "evals", most=3, resamples=200, gate="warn", files={}, lm_eval=[])
     brief = [stage for stage in recipe.evals.models if stage not in ("base", recipe.evals.models[-1])]
     _set(made, "evals", brief=brief)
     positions = max(lengths["sft"], lengths["reward"], lengths["ppo"] + made["ppo"]["max_new_tokens"])

@@ -293,8 +293,10 @@ class Evals(Table):
     files: dict[Benchmark, str] = Field({}, description="public benchmarks from your own files, by name")
     primer: str = Field("", description="text file put before TruthfulQA's questions in their plain form")
     lm_eval: list[str] = Field([], description="tasks of lm-evaluation-harness to run by name, where it is installed")
-    samples: int = Field(8, ge=0, description="prompts whose answers are shown side by side in the report")
-    sample_prompts: str = Field("data/prompts.jsonl", description="where those prompts come from")
+    first_questions: str = Field(
+        "data/first-questions.jsonl",
+        description="questions whose answers by every stage open the report; in no training data",
+    )
     tokens_a_batch: int = Field(2048, ge=64, description="tokens scored in one forward pass")
 
 

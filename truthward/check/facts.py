@@ -180,7 +180,7 @@ class Facts:
         if "open" in recipe.evals.sets:
             self.rows(labels_path(recipe), Labelled)
         self.rows(recipe.evals.style_bank, Question)
-        self.rows(recipe.evals.sample_prompts, Prompt)
+        self.rows(recipe.evals.first_questions, Prompt)
         for _, table in self.uses("constitution"):
             for path in table.prompts:
                 self.rows(path, Prompt)

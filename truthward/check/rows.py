@@ -96,6 +96,7 @@ def leaked(facts: Facts) -> list[tuple[str, str, str]]:
     """Training texts that are near-duplicates of what the evals ask: (training text, test text, source)."""
     train = training_texts(facts)
     tests = [text for rows in facts.banks.values() for row in rows for text in row.asked]
+    tests += [row.prompt for row in facts.rows(facts.recipe.evals.first_questions, Prompt)]
     return [(train[t.a][1], tests[t.b], train[t.a][0]) for t in twins([text for _, text in train], tests)]
 
 
@@ -110,7 +111,7 @@ def leaks(facts: Facts) -> Found:
         train, test = (exact or pairs)[0]
         text = f"{len(pairs)} rows of the training data are near-duplicates of test questions, e.g. {train!r} and {test!r}"
         name = "leak-exact" if exact else "leak-near"
-        fix = f"take them out of {source} or out of the bank"
+        fix = f"take them out of {source}, or out of what the evals ask"
         yield error(name, source, text, why="scores would measure memory", fix=fix)
 
 

@@ -74,11 +74,10 @@ def truth_plot(
 
 def _points(axis: Axes, stages: Sequence[str], intervals: Sequence[dict[str, Any]]) -> None:
     means = [i["mean"] for i in intervals]
-    errors = [[i["mean"] - i["low"] for i in intervals], [i["high"] - i["mean"] for i in intervals]]
     axis.errorbar(
         range(len(stages)),
         means,
-        yerr=np.clip(errors, 0, None),
+        yerr=_reach(intervals),
         color=ACCENT,
         fmt="o",
         markersize=5,
@@ -101,13 +100,12 @@ def principles_plot(names: Sequence[str], series: Mapping[str, Sequence[dict[str
             places = [k for k, interval in enumerate(intervals) if interval]
             found = [interval for interval in intervals if interval]
             means = [i["mean"] for i in found]
-            errors = [[i["mean"] - i["low"] for i in found], [i["high"] - i["mean"] for i in found]]
             height = [len(names) - 1 - k + 0.2 - 0.4 * number for k in places]
             colour, marker = ((ACCENT, "o"), (INK, "s"))[number % 2]
             axis.errorbar(
                 means,
                 height,
-                xerr=np.clip(errors, 0, None),
+                xerr=_reach(found),
                 color=colour,
                 fmt=marker,
                 markersize=4,
@@ -143,6 +141,42 @@ def confidence_plot(points: Mapping[str, tuple[Sequence[float], Sequence[float]]
         axis.set_ylabel("share right")
         axis.legend(fontsize=8)
         return _svg(figure, name, f"share of right answers by confidence: {', '.join(points)}")
+
+
+class Place(NamedTuple):
+    """A point with intervals both ways, and what is written beside it."""
+
+    label: str
+    x: dict[str, Any]
+    y: dict[str, Any]
+
+
+def frontier_plot(panels: Mapping[str, Sequence[Place]], across: str, name: str) -> str:
+    """A panel a metric: it against what may be lost for it, from point to point in the order given.
+
+    Args:
+        panels: title -> its points.
+        across: what the horizontal axis shows.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(panels)))
+        for axis, (title, places) in zip(axes, panels.items(), strict=True):
+            x, y = ([place.x for place in places], [place.y for place in places])
+            means = [[i["mean"] for i in values] for values in (x, y)]
+            axis.plot(*means, color=ACCENT, linewidth=1.4, marker="o", markersize=5, zorder=3)
+            axis.errorbar(*means, xerr=_reach(x), yerr=_reach(y), fmt="none", ecolor=MUTED, elinewidth=0.7)
+            for place, *where in zip(places, *means, strict=True):
+                axis.annotate(place.label, where, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axis.set_title(title, loc="left", fontweight="bold")
+            axis.set_xlabel(across)
+        return _svg(figure, name, f"{', '.join(panels)} against {across}")
+
+
+def _reach(intervals: Sequence[dict[str, Any]]) -> Any:
+    """How far intervals go below and above their means."""
+    errors = [[i["mean"] - i["low"] for i in intervals], [i["high"] - i["mean"] for i in intervals]]
+    return np.clip(errors, 0, None)
 
 
 class Mark(NamedTuple):

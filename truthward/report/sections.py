@@ -12,6 +12,8 @@ from truthward.record.words import METRICS, commit, interval, place
 from truthward.records import Question, read_rows
 from truthward.redaction import tidy
 from truthward.report.constitution import constitution, spread
+from truthward.report.first import first
+from truthward.report.frontier import frontier
 from truthward.report.measures import measures
 from truthward.report.page import (
     Html,
@@ -153,24 +155,6 @@ def _paired(view: View, before: dict[str, Any], after: dict[str, Any], topic: st
 # ----------------------------------------------------------------------------------------------------------- answers
 
 
-def samples(view: View) -> Html:
-    """The same prompts answered at every stage, side by side."""
-    answers: dict[str, dict[str, str]] = {}
-    kinds: dict[str, str] = {}
-    for stage in view.scored:
-        for row in (stage.evals or {}).get("samples", []):
-            answers.setdefault(row["prompt"], {})[stage.name] = row["answer"]
-            kinds[row["prompt"]] = row.get("kind", "")
-    if not answers:
-        return Html("")
-    names = [s.name for s in view.scored]
-    rows = []
-    for prompt, by_stage in answers.items():
-        asked = join([spoken(prompt), tag("span", kinds[prompt], class_="where")], "")
-        rows.append([asked, *[spoken(by_stage.get(name, "-")) for name in names]])
-    return join([note("Most likely (greedy) answers, at most 64 tokens."), table(["prompt", *names], rows, "even")])
-
-
 def flips(view: View) -> Html:
     """Questions whose verdict changed from base to final, in both directions."""
     final = view.final
@@ -263,13 +247,14 @@ def _incident(entry: dict[str, Any]) -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[View], Html]]] = {
+    "first": ("What each stage says", first),
     "truth": ("Truthfulness by stage", truth),
+    "frontier": ("Truth against voice", frontier),
     "baselines": ("What style alone would score", baselines),
     "differences": ("Paired differences", differences),
     "topics": ("By topic", topics),
     "measures": ("Every measure", measures),
     "curves": ("Training curves", curves),
-    "samples": ("Answers at each stage", samples),
     "flips": ("Questions that changed", flips),
     "constitution": ("Rows of the constitution", constitution),
     "whys": ("Reasons", whys),
