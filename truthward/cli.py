@@ -50,13 +50,17 @@ def main() -> None:
     out.add_argument("run", help="run directory")
     out.add_argument("target", help="new folder")
     out.set_defaults(work=_export)
-    compares = commands.add_parser("evals", help="compare the evals of two models").add_subparsers(
-        dest="action", required=True
-    )
+    compares = commands.add_parser(
+        "evals", help="compare two models, or what lies between one and its parent"
+    ).add_subparsers(dest="action", required=True)
     pair = compares.add_parser("compare", help="two models, paired question by question")
     pair.add_argument("a", help="run directory of a model, or of its evals")
     pair.add_argument("b", help="the same")
     pair.set_defaults(work=_compare)
+    curve = compares.add_parser("frontier", help="truth against voice as a stage's change of the weights is scaled")
+    curve.add_argument("run", help="run directory of a trained chat model")
+    curve.add_argument("--scales", type=float, nargs="+", default=[], help="shares of the change (0.25 0.5 0.75 1)")
+    curve.set_defaults(work=_frontier)
     _principles(commands.add_parser("principles", help="list and check a constitution, or compare two"))
     commands_of_the_record(commands)
     options, rest = parser.parse_known_args(_words(sys.argv[1:]))
@@ -211,6 +215,12 @@ def _report(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     """In a process of its own, as every stage's code is."""
     sys.exit(subprocess.run([sys.executable, "-m", "evals.compare", options.a, options.b], check=False).returncode)
+
+
+def _frontier(options: argparse.Namespace) -> None:
+    """Likewise."""
+    scales = ["--scales", *map(str, options.scales)] if options.scales else []
+    sys.exit(subprocess.run([sys.executable, "-m", "evals.frontier", options.run, *scales], check=False).returncode)
 
 
 def _chat(options: argparse.Namespace) -> None:
