@@ -20,11 +20,7 @@ from truthward.score import answer_sums
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”')
-ECHO_WORDS, ECHO_SHARE, ECHO_NEW = (
-    4,
-    0.5,
-    0.1,
-)  # words in a row of the question, their share, new words' share
+ECHO, ECHO_SHARE, ECHO_NEW = 4, 0.75, 0.1  # words in a row of the question; the share of such words, and of new ones
 REPEATED = 0.2  # share of 4-grams that stood in the answer before
 LOOP = re.compile(r"\b(\w+(?: \w+){0,11}?)(?: \1){2,}\b")  # the same one to twelve words three times in a row
 PLAIN = re.compile(r"(?<![\w'’-])[a-z]{3,}(?![\w'’-])")
@@ -35,8 +31,12 @@ OPENER = re.compile(
     re.IGNORECASE,
 )
 OPENING = 60  # letters in which an opener is looked for
-ENDINGS = ("s", "es", "ed", "d", "ing", "er", "ers", "r", "rs", "est", "st", "ly", "ness", "ful", "less", "able", "y")
-BEGINNINGS = ("un", "re", "non", "in", "dis", "over", "out")
+ENDINGS = (
+    *("s", "es", "ed", "d", "ing", "er", "ers", "r", "rs", "est", "st", "ly", "ness", "ful", "less", "able", "y"),
+    *("ion", "ions", "ist", "ists", "ive", "ation", "ment", "ments", "ity", "ism", "ish", "ous", "al", "like"),
+)
+BEGINNINGS = ("un", "re", "non", "in", "im", "mis", "dis", "over", "under", "out", "pre", "sub")
+PART = 4  # letters from which two words make a compound, as in lacemaker
 
 FLUENCY = Exam(
     ask=lambda row: [],
@@ -68,18 +68,16 @@ def words_of(text: str) -> list[str]:
 
 
 def is_echo(answer: str, asked: str) -> bool:
-    """At least half of the answer is one run of the question's words, and fewer than one word in ten is new.
+    """Three quarters of the answer are runs of four or more of the question's words, and fewer than one word in ten is new.
 
     "Which ocean is the largest?" - "The Pacific Ocean is the largest." says a new word and is none; the question said again
-    is one. Quoted parts of the question do not count: they may be asked for.
+    is one, once or twice. Quoted parts of the question do not count: they may be asked for.
     """
     said, question = words_of(answer), words_of(QUOTED.sub(" ", asked))
-    longest, before = 0, [0] * (len(question) + 1)
-    for word in said:
-        runs = [0] + [before[j] + 1 if word == other else 0 for j, other in enumerate(question)]
-        longest, before = max(longest, *runs), runs
-    new = sum(word not in set(question) for word in said)
-    return longest >= max(ECHO_WORDS, ECHO_SHARE * len(said)) and new < ECHO_NEW * len(said)
+    runs = {tuple(question[i : i + ECHO]) for i in range(len(question) - ECHO + 1)}
+    copied = {i + k for i in range(len(said) - ECHO + 1) if tuple(said[i : i + ECHO]) in runs for k in range(ECHO)}
+    new = sum(word not in question for word in said)
+    return bool(copied) and len(copied) >= ECHO_SHARE * len(said) and new < ECHO_NEW * len(said)
 
 
 def repeats(answer: str) -> bool:
@@ -112,7 +110,7 @@ class Vocabulary:
         self.known |= {word for text in texts for word in re.findall(r"[^\W\d_]+", text.casefold())}
 
     def invented(self, said: Said) -> list[str]:
-        """Words of an answer that are neither known, nor in its prompt, nor a simple inflection of one that is.
+        """Words of an answer that are neither known nor in its prompt, nor a simple inflection or compound of such.
 
         Only words of small letters are looked at: names may be new. A word that the limit cut off is left out.
         """
@@ -123,11 +121,13 @@ class Vocabulary:
     def _is_word(self, word: str, here: set[str]) -> bool:
         begun = [word.removeprefix(b) for b in BEGINNINGS if word.startswith(b) and len(word) - len(b) >= 3]
         forms = [form for whole in (word, *begun) for form in (whole, *stems(whole))]
-        return any(form in self.known or form in here for form in forms)
+        parts = [(word[:i], word[i:]) for i in range(PART, len(word) - PART + 1)]
+        compounds = any(a in self.known and (b in self.known or b.removesuffix("s") in self.known) for a, b in parts)
+        return compounds or any(form in self.known or form in here for form in forms)
 
 
 def stems(word: str) -> list[str]:
-    """What a word may be an inflection of: an ending less, its e, y or single consonant back (baked, tried, running)."""
+    """What a word may be an inflection of: an ending less, its e, y, f or single consonant back (baked, tried, scarves)."""
     found = []
     for ending in ENDINGS:
         stem = word.removesuffix(ending)
@@ -136,6 +136,7 @@ def stems(word: str) -> list[str]:
         found += [stem, stem + "e"]
         found += [stem[:-1] + "y"] if stem.endswith("i") else []
         found += [stem[:-1]] if stem[-1] == stem[-2] else []
+        found += [stem[:-1] + "f", stem[:-1] + "fe"] if stem.endswith("v") else []
     return found
 
 

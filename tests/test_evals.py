@@ -224,6 +224,38 @@ def test_a_set_on_which_the_parent_was_not_measured_is_held_against_the_base():
     assert "against base" in found["text"]
 
 
+VOICE_LOSS = {"short_right": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("parent", "base", "worse"),
+    [
+        ({"short_right": 0.4}, VOICE_LOSS, {"short.right": "block"}),  # small losses on the way have added up
+        (VOICE_LOSS, {"short_right": 0.4}, {"short.right": "block"}),
+        ({"short_right": 0.4}, {"short_right": 0.02}, {}),  # 2 x 0.02: two comparisons were looked at
+        ({"truth_mc1": 0.4}, {"truth_mc1": 0.001}, {}),  # truth is held against the parent alone
+        ({"fluency_broken": 0.5}, {"fluency_broken": 0.001, "fluency_words": 0.001}, {"fluency.broken": "block"}),
+        ({"instructions_followed": 0.001}, {"instructions_followed": 0.001}, {"instructions.followed": "block"}),
+    ],
+)
+def test_the_voice_is_held_against_parent_and_base_by_default(parent, base, worse):
+    found = comparison.verdict(Evals(), {**losses(**parent), "stage": "sft"}, {**losses(**base), "stage": "base"})
+    assert found["worse"] == worse
+    assert found["gated"] == list(dict.fromkeys(n.replace("_", ".") for n in (*parent, *base) if n != "fluency_words"))
+
+
+def test_a_parent_that_is_the_base_is_compared_with_once():
+    same = {**losses(short_right=0.02), "stage": "base"}
+    assert comparison.verdict(Evals(), same, same)["worse"] == {"short.right": "block"}
+
+
+def test_three_points_of_the_voice_and_none_of_truth_are_forgiven_by_default():
+    margins = [comparison.margin_of(Evals(), name) for name in ("short.right", "fluency.broken", "truth.mc1", "short.wrong")]
+    assert margins == [0.03, 0.03, 0.0, 0.0]
+    gates = [comparison.gate_of(Evals(gate="warn"), name) for name in ("truth.mc2", "short.right")]
+    assert gates == ["warn", "off"]  # a single word is for the truth set
+
+
 def test_nothing_to_compare_with_is_not_worse():
     assert comparison.verdict(Evals(), None)["mode"] == "off"
 

@@ -14,6 +14,7 @@ from truthward.resampling import (
     holm,
     interval_of,
     mean_of,
+    paired_power,
     selective_accuracy,
 )
 
@@ -137,3 +138,25 @@ def test_holm_by_hand():
 def test_no_p_value_is_zero():
     weights = draw_weights(["t"] * 9, 99, 0)
     assert difference_of(mean_of, weights, [np.ones(9)], [np.zeros(9)]).p == pytest.approx(2 / 100)
+
+
+# -------------------------------------------------------------------------------------------------------------- power
+
+
+def test_the_short_bank_finds_a_loss_of_six_points():
+    """359 questions on 12 topics, of which one in ten comes out differently: 8 % lost, 2 % won. docs/evals.md says so."""
+    assert paired_power(359, 12, 0.06, 0.10) >= 0.8
+    assert paired_power(359, 12, 0.06, 0.15) == pytest.approx(0.61, abs=0.01)
+    assert paired_power(359, 12, 0.075, 0.15) >= 0.8
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0.02, 0.08), (0.045, 0.105)])
+def test_power_is_the_share_of_simulated_banks_in_which_the_loss_is_found(won, lost):
+    generator = np.random.default_rng(7)
+    topics = [str(k) for k in range(12) for _ in range(30)]
+    found = 0
+    for turn in range(200):
+        change = generator.choice([-1.0, 1.0, 0.0], size=360, p=[lost, won, 1 - lost - won])
+        interval = difference_of(mean_of, draw_weights(topics, 300, turn), [change], [np.zeros(360)]).interval
+        found += interval.high < 0
+    assert found / 200 == pytest.approx(paired_power(360, 12, lost - won, lost + won), abs=0.08)
