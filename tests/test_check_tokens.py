@@ -105,7 +105,7 @@ def test_an_end_token_that_is_no_label_is_found(monkeypatch):
     monkeypatch.setattr(chat, "encode", without_end)
     (finding,) = find("end-unlabelled", facts("tiny", []))
     assert (finding.level, finding.where) == ("error", "sft.data")
-    assert "328 of 328 answers" in finding.what
+    assert "438 of 438 answers" in finding.what
 
 
 def test_packing_that_drops_labels_is_found(monkeypatch):
@@ -116,7 +116,7 @@ def test_packing_that_drops_labels_is_found(monkeypatch):
     monkeypatch.setattr(trl.data_utils, "pack_dataset", lambda rows, *rest: whole(rows.select(range(300)), *rest))
     (finding,) = find("packing-loses", facts("tiny", []))
     assert (finding.level, finding.where) == ("error", "sft.packing")
-    assert "300 of 328 ends" in finding.what
+    assert "300 of 438 ends" in finding.what
 
 
 def test_lengths_are_those_that_the_stages_count(tiny):

@@ -318,7 +318,7 @@ def test_a_refusal_is_a_fault_only_where_the_first_answer_gave_none():
 
 
 def test_no_demonstration_of_a_plain_answer_counts_as_a_refusal():
-    """On 328 answers that are no refusals but for those to harmful requests."""
+    """On 438 answers that are no refusals but for those to harmful requests."""
     rows = read_demonstrations([str(ROOT / "data" / "demonstrations.jsonl")])
     assert [r.id for r in rows if refuses(r.messages[-1].content) and r.kind not in ("no-harm", "persona")] == []
 
