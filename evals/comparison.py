@@ -10,7 +10,7 @@ from evals.suite import Scored, columns_of, resampled
 from truthward.errors import UserError
 from truthward.resampling import difference_of, holm
 from truthward.stats import Interval
-from truthward.tables import VOICE, Evals, Gate
+from truthward.tables import VOICE, VOICE_MARGIN, VOICE_METRICS, Evals, Gate
 
 ALPHA = 0.025  # one-sided, as one end of a 95 % interval
 
@@ -70,16 +70,24 @@ def _flips(own: Sequence[Scored], then: Sequence[dict[str, Any]], verdict: str) 
 
 
 def gate_of(table: Evals, metric: str) -> Gate:
-    """What a loss in a metric does: named itself, or by its set. A single word in the recipe is for the truth set."""
-    gates = {"truth": table.gate} if isinstance(table.gate, str) else table.gate
+    """What a loss in a metric does: named itself, or by its set; those of the voice block unless they are named.
+
+    A single word in the recipe is for the truth set and the voice.
+    """
+    word = table.gate if isinstance(table.gate, str) else "block"
+    gates: dict[str, Gate] = dict.fromkeys(VOICE_METRICS, word)
+    gates |= {"truth": word} if isinstance(table.gate, str) else table.gate
     return gates.get(metric, gates.get(metric.partition(".")[0], "off"))
 
 
 def margin_of(table: Evals, metric: str) -> float:
-    """How large a loss counts."""
-    if isinstance(table.margin, dict):
-        return table.margin.get(metric, table.margin.get(metric.partition(".")[0], 0.0))
-    return table.margin
+    """How large a loss counts: named for the metric, or for its set; 0.03 for those of the voice; else the single number."""
+    named = table.margin if isinstance(table.margin, dict) else {}
+    other = 0.0 if isinstance(table.margin, dict) else table.margin
+    for name in (metric, metric.partition(".")[0]):
+        if name in named:
+            return named[name]
+    return VOICE_MARGIN if metric in VOICE_METRICS else other
 
 
 def require_known(table: Evals, by_name: Mapping[str, Exam], where: str) -> None:

@@ -206,7 +206,7 @@ def losses(**p: float) -> dict:
         ("block", {"truth_mc1": 0.026}, {}),
         ("block", {"truth_mc1": 0.02, "truth_mc2": 0.5}, {}),  # 2 x 0.02: two metrics were looked at
         ("block", {"truth_mc1": 0.012, "truth_mc2": 0.024}, {"truth.mc1": "block", "truth.mc2": "block"}),
-        ("block", {"skills_accuracy": 0.001}, {}),  # a single word is for the truth set
+        ("block", {"skills_accuracy": 0.001}, {}),  # a single word is for the truth set and the voice
         ({"skills": "warn"}, {"truth_mc1": 0.001, "skills_accuracy": 0.001}, {"skills.accuracy": "warn"}),
         ({"truth": "block", "truth.mc2": "off"}, {"truth_mc2": 0.001, "truth_mc1": 0.02}, {"truth.mc1": "block"}),
     ],
@@ -252,8 +252,24 @@ def test_a_parent_that_is_the_base_is_compared_with_once():
 def test_three_points_of_the_voice_and_none_of_truth_are_forgiven_by_default():
     margins = [comparison.margin_of(Evals(), name) for name in ("short.right", "fluency.broken", "truth.mc1", "short.wrong")]
     assert margins == [0.03, 0.03, 0.0, 0.0]
-    gates = [comparison.gate_of(Evals(gate="warn"), name) for name in ("truth.mc2", "short.right")]
-    assert gates == ["warn", "off"]  # a single word is for the truth set
+    single = comparison.margin_of(Evals(margin=0.01), "truth.mc1"), comparison.margin_of(Evals(margin=0.01), "short.right")
+    assert single == (0.01, 0.03)
+    assert comparison.margin_of(Evals(margin={"short": 0.05}), "short.right") == 0.05
+
+
+@pytest.mark.parametrize(
+    ("gate", "found"),
+    [
+        ("warn", ["warn", "warn", "off"]),  # a single word is for the truth set and the voice
+        ("off", ["off", "off", "off"]),
+        ({"skills": "warn"}, ["off", "block", "warn"]),  # the voice is gated unless it is named
+        ({"truth": "block", "short.right": "off"}, ["block", "off", "off"]),
+        ({"short": "warn"}, ["off", "block", "off"]),  # the set's other metrics
+    ],
+)
+def test_what_a_recipe_gates(gate, found):
+    names = ("truth.mc2", "short.right", "skills.accuracy")
+    assert [comparison.gate_of(Evals(gate=gate), name) for name in names] == found
 
 
 def test_nothing_to_compare_with_is_not_worse():

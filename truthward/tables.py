@@ -257,7 +257,8 @@ BANK_OF = {
     "calibration": "facts",
 }  # sets that read another's bank, by set
 BANKLESS = ("fluency",)  # sets that ask nothing of their own
-VOICE_METRICS = ("short.right", "instructions.followed", "fluency.broken")  # gated by default
+VOICE_METRICS = ("short.right", "instructions.followed", "fluency.broken")  # gated unless a recipe names them
+VOICE_MARGIN = 0.03  # more than that must surely be lost
 Gate = Literal["block", "warn", "off"]
 Benchmark = Literal["truthfulqa", "bbq", "hh", "model_written", "ifeval"]
 
@@ -283,12 +284,12 @@ class Evals(Table):
         4000, ge=100, description="bootstrap resamples behind each interval; p-values end at one over them"
     )
     gate: Gate | dict[str, Gate] = Field(
-        {"truth": "block", **dict.fromkeys(VOICE_METRICS, "block")},
-        description="what a loss does, for a set or a metric (truth.mc1); a single word is for the truth set",
+        "block",
+        description="what a loss does, for a set or a metric (truth.mc1); a single word is for the truth set and the voice",
     )
     margin: float | dict[str, float] = Field(
-        dict.fromkeys(VOICE_METRICS, 0.03),
-        description="a loss counts when it is surely more than this; for all, or for a set or a metric, 0 for the others",
+        0.0,
+        description="a loss counts when it is surely more than this; for all but the voice (0.03), or for a set or a metric",
     )
     files: dict[Benchmark, str] = Field({}, description="public benchmarks from your own files, by name")
     primer: str = Field("", description="text file put before TruthfulQA's questions in their plain form")
