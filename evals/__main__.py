@@ -15,7 +15,7 @@ from truthward import hardware, models
 from truthward.banks import Labelled
 from truthward.console import plain, say
 from truthward.errors import GateFailed
-from truthward.ledger import Run, is_done, plan, write_json
+from truthward.ledger import Run, is_done, plan, plan_evals, write_json
 from truthward.reading import parse_json, read_text
 from truthward.recipe import labels_path, most_of
 from truthward.records import Prompt, Question, draw, read_rows
@@ -194,10 +194,9 @@ def _earlier(recipe: Recipe, model_run: Run, role: str) -> dict[str, Any] | None
     if not parents:
         return None
     wanted = parents.get("start", parents["model"]) if role == "parent" else models.chain(model_run)[0].path.name
-    for planned in plan(recipe).values():
-        if planned.stage == "evals" and planned.parents["model"] == wanted and (planned.path / "evals.json").exists():
-            return _read(planned.path / "evals.json")
-    return None
+    other = Run.find(model_run.path.parent / wanted)
+    path = plan_evals(recipe, other).path / "evals.json" if other.manifest else None
+    return _read(path) if path and path.exists() else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Sets that listen: short answers and instructions graded by hand, who is timid, and whole evals that hear answers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from lab import Lab, write
 
 from evals import __main__ as evals
 from evals import answers, listening
+from evals import score as evals_score
 from evals.answers import Said
 from evals.short_answers import abstains, guesses, normalised, outcome
 from evals.suite import exams
@@ -276,6 +278,19 @@ def test_all_answers_come_out_of_one_call(world, monkeypatch):
     monkeypatch.setattr(answers, "generate", lambda *a, **k: calls.append(len(a[1])) or plain(*a, **k))
     score(world, "evals-base")
     assert calls == [20]
+
+
+def test_a_model_that_the_recipe_does_not_name_is_scored_from_its_directory(world):
+    """Runs of other code have other names; evals of them pair with the base's all the same."""
+    recipe = world.recipe(*settings(world))
+    planned = plan(recipe)
+    other = planned["sft"].path.with_name("sft-other")
+    shutil.copytree(planned["sft"].path, other)
+    base = evals_score.score(recipe, str(planned["base"].path))
+    assert base == planned["evals-base"].path.resolve()  # what python -m evals would make
+    found = json.loads((evals_score.score(recipe, str(other)) / "evals.json").read_text())
+    assert found["model"] == "sft-other"
+    assert found["against_base"]["differences"]["short.right"]["n"] == 6
 
 
 def test_most_may_differ_by_set(lab):

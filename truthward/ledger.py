@@ -147,6 +147,13 @@ def plan(recipe: Recipe) -> dict[str, Planned]:
     return planned
 
 
+def plan_evals(recipe: Recipe, model: Run) -> Planned:
+    """The evals of a model that is there, as :func:`plan` has them where the recipe made it."""
+    planned: dict[str, Planned] = {}
+    _add(planned, recipe, f"evals-{model.stage}", "evals", {"model": model.path.name})
+    return planned[f"evals-{model.stage}"]
+
+
 def _add(planned: dict[str, Planned], recipe: Recipe, name: str, stage: str, parents: dict[str, str]) -> None:
     values, compute = settings(recipe, "model" if stage == "base" else stage), settings(recipe, "model")
     if stage == "constitution":
@@ -283,12 +290,12 @@ def open_run(recipe: Recipe, name: str) -> Iterator[Run]:
     if name not in planned:
         raise UserError(f"the recipe has no stage {name}", where=recipe.name, fix=f"its stages: {', '.join(recipe.stages)}")
     with contextlib.ExitStack() as held:
-        manifest = ranks.lead(lambda: held.enter_context(_entered(recipe, planned[name])).manifest)
+        manifest = ranks.lead(lambda: held.enter_context(entered(recipe, planned[name])).manifest)
         yield Run(planned[name].path, manifest)
 
 
 @contextlib.contextmanager
-def _entered(recipe: Recipe, this: Planned) -> Iterator[Run]:
+def entered(recipe: Recipe, this: Planned) -> Iterator[Run]:
     for parent in this.parents.values():
         complete(this.path.parent / parent)
     this.path.mkdir(parents=True, exist_ok=True)

@@ -132,9 +132,9 @@ class Difference:
 def paired_power(items: int, topics: int, loss: float, changed: float) -> float:
     """Chance that a true loss of a yes-or-no score is told from none, at two-sided 95 %, with the two-stage bootstrap.
 
-    A paired difference varies by ``changed - loss^2`` an item (McNemar's setting; Connor 1987). Where topics do not differ in
-    their loss, drawing topics and then questions makes the interval's variance ``2 - 1/topics - topics/items`` times that of
-    the estimate (docs/decisions/0005). Where they do differ, power is less than this.
+    A paired difference varies by ``changed - loss^2`` an item (McNemar's setting; Connor 1987). Where topics do not differ
+    in their loss, drawing topics and then questions makes the interval's variance ``2 - 1/topics - topics/items`` times that
+    of the estimate (docs/decisions/0005). Where they do differ, power is less than this.
 
     Args:
         items: of the bank, in ``topics`` of equal size.
