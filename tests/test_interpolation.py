@@ -1,4 +1,4 @@
-"""Models between a run and its start, and their scores: the ends of the curve are the parent and the run, and it is written where the report looks."""
+"""Models between a run and its start: their weights, and the scores that a run's frontier holds."""
 
 import json
 

@@ -32,7 +32,7 @@ def between(run: Run, scale: float) -> Any:
 
 
 def keep_share(run: Run, scale: float) -> Callable[[Path], None] | None:
-    """What leaves a share of the change in a run's saved weights (see :func:`truthward.models.save`); None where all is kept."""
+    """What leaves a share of the change in a run's saved weights (:func:`truthward.models.save`); None where all is kept."""
     return None if scale == 1 else lambda folder: shrink_change(folder, run, scale)
 
 
