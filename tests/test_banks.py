@@ -53,6 +53,9 @@ def test_every_set_has_a_bank(laptop):
 def test_nothing_is_asked_twice(name):
     """Twins are alike by design, and so are passages' questions on one subject with other passages."""
     texts = [text for split in ("test", "dev") for r in rows(name, split) for text in r.asked[:1]]
+    if name == "short":  # one word makes another question: the plural of mouse, the plural of man
+        assert len({text.casefold() for text in texts}) == len(texts)
+        return
     pairs = [pair for i, text in enumerate(texts) for pair in near([text], texts[i + 1 :])]
     assert len(pairs) <= len(texts) // 100, pairs
 

@@ -16,7 +16,7 @@ from truthward.principles import Principle, read_principles
 from truthward.reasons import require_reasons
 from truthward.recipe import most_of
 from truthward.records import Pair
-from truthward.tables import HEARD, MODEL_STAGES, Recipe
+from truthward.tables import HEARD, MODEL_STAGES, VOICE_METRICS, Recipe
 
 DECIDES = 20  # rows from which a gate of a set can tell large damage from chance
 JUDGED = 10  # labelled pairs of a principle from which a judge can clear chance at all: 0.5^n, and a few wrong ones
@@ -154,8 +154,11 @@ def measured(facts: Facts) -> Found:
     if gate == "off":
         why = "a stage that makes the model less truthful goes on to the next"
         yield warning("gate-off", "evals.gate", "the gate of truth is off", why=why, fix='set it to "block", or "warn"')
-    blocking = [n for n, g in evals.gate.items() if g == "block"] if isinstance(evals.gate, dict) else []
-    for name in (n for n in blocking if n.partition(".")[0] in {*evals.sets} - {"truth"}):
+    named = {"truth": evals.gate} if isinstance(evals.gate, str) else evals.gate
+    voice = dict.fromkeys(VOICE_METRICS, evals.gate if isinstance(evals.gate, str) else "block")
+    for name in (
+        n for n, g in {**voice, **named}.items() if g == "block" and n.partition(".")[0] in {*evals.sets} - {"truth"}
+    ):
         asked = HEARD if name.startswith("fluency") else [name.partition(".")[0]]
         most = [most_of(recipe, n) for n in asked if n in evals.sets]
         if 0 in most or sum(most) >= DECIDES:
@@ -173,8 +176,8 @@ def measured(facts: Facts) -> Found:
         text = "the style baselines learn from the questions on which they are measured"
         fix = "name the training bank"
         yield error("style-bank-tested", "evals.style_bank", text, why="style would look like knowledge", fix=fix)
-    named = [*((f"evals.files.{name}", path) for name, path in evals.files.items()), ("evals.primer", evals.primer)]
-    for key, path in named:
+    files = [*((f"evals.files.{name}", path) for name, path in evals.files.items()), ("evals.primer", evals.primer)]
+    for key, path in files:
         if path and not (Path(path).is_file() and Path(path).stat().st_size):
             text = f"{path} is not there, or is empty"
             yield error("file-missing", key, text, why="the evals come last and would stop at it", fix="mend the path")
