@@ -154,11 +154,9 @@ def measured(facts: Facts) -> Found:
     if gate == "off":
         why = "a stage that makes the model less truthful goes on to the next"
         yield warning("gate-off", "evals.gate", "the gate of truth is off", why=why, fix='set it to "block", or "warn"')
-    named = {"truth": evals.gate} if isinstance(evals.gate, str) else evals.gate
-    voice = dict.fromkeys(VOICE_METRICS, evals.gate if isinstance(evals.gate, str) else "block")
-    for name in (
-        n for n, g in {**voice, **named}.items() if g == "block" and n.partition(".")[0] in {*evals.sets} - {"truth"}
-    ):
+    word, named = (evals.gate, {}) if isinstance(evals.gate, str) else ("block", evals.gate)
+    blocking = [n for n, mode in {**named, **{n: word for n in VOICE_METRICS if n not in named}}.items() if mode == "block"]
+    for name in (n for n in blocking if n.partition(".")[0] in {*evals.sets} - {"truth"}):
         asked = HEARD if name.startswith("fluency") else [name.partition(".")[0]]
         most = [most_of(recipe, n) for n in asked if n in evals.sets]
         if 0 in most or sum(most) >= DECIDES:
