@@ -1,7 +1,7 @@
 """The gates on the voice stop what they were made for: a DPO that gained truth and lost its own answers.
 
-``fixtures/voice_lost.json`` holds what rules found of each greedy answer to the test banks: of the base, of the DPO model that
-the laptop recipe made before it replayed anything, and of the one that it makes now.
+``fixtures/voice_lost.json`` holds what rules found of each greedy answer to the test banks: of the base, of the DPO model
+that the laptop recipe made before it replayed anything, and of the one that it makes now.
 """
 
 import json
