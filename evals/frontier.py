@@ -22,6 +22,7 @@ from truthward import hardware, models
 from truthward.banks import read_bank
 from truthward.console import console, plain, say
 from truthward.errors import UserError
+from truthward.interpolation import between
 from truthward.ledger import Run, write_json
 from truthward.record.words import interval
 from truthward.records import Question, read_rows
@@ -59,7 +60,7 @@ def frontier(run: Run, scales: Sequence[float]) -> dict[str, Any]:
     points: list[dict[str, Any]] = []
     start: dict[str, Any] = {}
     for scale in scales:
-        model = models.ready(models.between(run, scale), dtype)
+        model = models.ready(between(run, scale), dtype)
         scored = _score(model, tokenizer, rows, by_name, known, recipe)
         measured = suite.measure(scored, by_name, recipe.evals.resamples, recipe.seed)
         point: dict[str, Any] = {"scale": scale, "metrics": {name: value for name, value in measured.items() if value}}

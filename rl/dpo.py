@@ -21,7 +21,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from rl.losses import DpoLoss, dpo_loss, dpo_positive_loss
-from truthward import hardware, models, ranks, replay, zero
+from truthward import hardware, interpolation, models, ranks, replay, zero
 from truthward.branches import Item
 from truthward.console import progress, say
 from truthward.guard import check_start
@@ -181,7 +181,7 @@ def run(recipe: Recipe, this: Run) -> None:
     trainer.run, trainer.table, trainer.replay = this, table, replayed
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "dpo", recipe.guard)
-        models.save(this, trainer.model, scale=table.scale)
+        models.save(this, trainer.model, change=interpolation.keep_share(this, table.scale))
         last = [h for h in trainer.state.log_history if "loss" in h][-1]
         this.finish(metrics={"pairs": pairs, "steps": steps, "loss": last["loss"], "accuracy": last["rewards/accuracies"]})
 

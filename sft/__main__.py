@@ -5,7 +5,7 @@ from __future__ import annotations
 from datasets import Dataset
 
 from sft.trainer import IGNORE, LeanSftTrainer, require_labels
-from truthward import chat, hardware, models, replay
+from truthward import chat, hardware, interpolation, models, replay
 from truthward.console import say
 from truthward.ledger import Run
 from truthward.records import read_demonstrations
@@ -44,7 +44,7 @@ def run(recipe: Recipe, this: Run) -> None:
     )
     with tracked(recipe, this) as tracker:
         steps = fit(trainer, tracker, "sft", recipe.guard)
-        models.save(this, trainer.model, scale=table.scale)
+        models.save(this, trainer.model, change=interpolation.keep_share(this, table.scale))
         losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
         this.finish(metrics={"rows": len(rows), "steps": steps, "first_loss": losses[0], "last_loss": losses[-1]})
 

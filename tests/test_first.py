@@ -39,10 +39,11 @@ def test_they_stay_what_they_are():
     assert all(row.kind for row in rows)
 
 
-def test_no_other_row_of_the_data_nearly_holds_one():
-    files = [path for path in (ROOT / "data").rglob("*.jsonl") if path != FILE]
+def test_no_row_that_is_trained_on_nearly_holds_one():
+    """The banks of the evals may: nothing learns from them."""
+    files = [path for path in (ROOT / "data").rglob("*.jsonl") if path != FILE and "evals" not in path.parts]
     held = [text for path in files for line in path.read_text("utf-8").splitlines() for text in texts(json.loads(line))]
-    assert len(held) > 5000
+    assert len(held) > 4000
     assert [(held[t.a], QUESTIONS[t.b]) for t in twins(held, QUESTIONS)] == []
 
 

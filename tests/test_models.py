@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Llama
 from truthward.branches import Item, attend_by_tree, plant
 from truthward.errors import UserError
 from truthward.ledger import Run, plan
-from truthward.models import between, cast, compose, load, refuse_scaled_logits
+from truthward.models import cast, compose, load, refuse_scaled_logits
 
 
 @pytest.mark.parametrize("config", [Gemma2Config(), CohereConfig()])
@@ -52,35 +52,6 @@ def test_in_bf16_positions_are_those_of_transformers(lab):
     assert torch.equal(cast(compose(run), torch.bfloat16)(input_ids=ids).logits, expected)
     assert {b.dtype for b in load(run, torch.bfloat16).buffers() if b.is_floating_point()} == {torch.float32}
     assert not torch.equal(compose(run).to(torch.bfloat16)(input_ids=ids).logits, expected)
-
-
-@pytest.mark.parametrize("tune", ["lora", "full"])
-def test_a_share_of_the_change_is_saved(copy, tune):
-    """scale = 0.25: the weights lie a quarter of the way from the parent to where training ended."""
-    ends = {}
-    for scale in (1.0, 0.25):
-        words = [f"sft.scale={scale}", f'sft.tune="{tune}"', "sft.lora_alpha=8", "sft.batch_size=4"]
-        ends[scale] = compose(copy.run("sft", *words)).state_dict()
-    base = compose(Run.load(plan(copy.recipe())["base"].path)).state_dict()
-    moved = max((ends[1.0][name] - base[name]).abs().max().item() for name in base)
-    assert moved > 1e-3
-    for name, start in base.items():
-        expected = start + 0.25 * (ends[1.0][name] - start)
-        torch.testing.assert_close(ends[0.25][name], expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_a_model_between_a_run_and_its_start(copy, stage):
-    """0 is the model that it started from (PPO's policy from DPO's), 1 its own, and a half lies half way."""
-    run = copy.run(stage)
-    first, half, last = (between(run, scale).state_dict() for scale in (0.0, 0.5, 1.0))
-    start = compose(Run.load(plan(copy.recipe())["base" if stage == "sft" else "dpo"].path)).state_dict()
-    end = compose(run).state_dict()
-    assert any(not torch.equal(start[name], end[name]) for name in end)
-    for name in end:
-        torch.testing.assert_close(first[name], start[name], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(last[name], end[name], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(half[name], (start[name] + end[name]) / 2, atol=1e-6, rtol=1e-5)
 
 
 def torch_attention(module, query, key, value, attention_mask, scaling, **options):

@@ -90,6 +90,10 @@ def bare(lab: Lab, runs: Path, *stages: str) -> Lab:
     return made
 
 
+def replayed(lab: Lab) -> list[str]:
+    return [f"dpo.replay={lab.home / 'prompts.jsonl'}", "dpo.replay_tokens=6"]
+
+
 def weights(run: Run) -> dict[str, torch.Tensor]:
     """Of the model, and of PPO's critic or the preference model's head where there is one."""
     files = [file for folder in (run.model_dir, run.path / "critic") for file in sorted(folder.glob("*.safetensors"))]
@@ -128,7 +132,9 @@ def assert_alike(got: Run, expected: Run, *, steps: bool = True) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "distill", "reward", "dpo", "ppo"])
 def test_two_ranks_do_what_one_does_under_every_stage_of_zero(lab, tmp_path, stage):
+    """DPO with replayed answers: the first rank samples them, each holds the policy to its own."""
     alone, sizes = bare(lab, tmp_path / "alone", stage), distillation(lab) if stage == "distill" else ALIKE[stage]
+    sizes = [*sizes, *replayed(lab)] if stage == "dpo" else sizes
     expected = alone.run(stage, WARN, *sizes)
     labs, small = {way: bare(lab, tmp_path / way, stage) for way in WAYS}, all_shared_out(tmp_path)
     launch = {way: [text.format(small=small) for text in settings] for way, settings in WAYS.items()}
@@ -147,7 +153,7 @@ def test_whole_weights_and_offloading_do_what_one_rank_does(lab, tmp_path):
             ["launch.zero=3", 'launch.offload="all"', small],
         ],
         "dpo": [
-            ["dpo.tune=full", "ppo.parent=sft", "dpo.learning_rate=1e-3"],
+            ["dpo.tune=full", "ppo.parent=sft", "dpo.learning_rate=1e-3", *replayed(lab)],
             ["launch.zero=2", 'launch.offload="optimizer"'],
         ],
         "ppo": [["ppo.tune=full", "ppo.parent=sft", "ppo.learning_rate=1e-5", "ppo.iterations=2"], ["launch.zero=3", small]],

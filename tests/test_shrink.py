@@ -25,7 +25,7 @@ CLUSTERS = [name for name in RECIPES if name.startswith("cluster")]
 STAY = {  # what decides which code runs
     "sft": ("parent", "tune", "schedule", "packing", "lora_rank", "learning_rate"),
     "reward": ("parent", "tune", "preferences", "center_coef", "learning_rate"),
-    "dpo": ("parent", "tune", "preferences", "sft_coef", "beta"),
+    "dpo": ("parent", "tune", "preferences", "sft_coef", "beta", "loss", "replay", "replay_coef", "replay_share"),
     "ppo": (
         "parent",
         "tune",

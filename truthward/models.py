@@ -249,22 +249,6 @@ def compose(run: Run) -> Any:
     return model.eval()
 
 
-def between(run: Run, scale: float) -> Any:
-    """The model that lies between a run and the one that it started from: ``W_start + scale (W - W_start)``, in fp32.
-
-    Wortsman et al. 2021 (WiSE-FT, arXiv 2109.01903, eq. 1).
-
-    Args:
-        scale: 0 is the model it started from, 1 the run's own.
-    """
-    parents = run.manifest["parents"]
-    start, end = compose(run.parent("start" if "start" in parents else "model")), compose(run)
-    with torch.no_grad():
-        for one, other in zip(end.parameters(), start.parameters(), strict=True):
-            one.lerp_(other, 1 - scale)
-    return end
-
-
 def _weights(run: Run) -> list[Run]:
     """The last run of a chain that holds every weight, and those after it, which hold adapters."""
     links = chain(run)
@@ -340,37 +324,19 @@ def lora_config(rank: int, alpha: int, task: str = "CAUSAL_LM") -> Any:
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task)
 
 
-def save(run: Run, model: Any, head: torch.Tensor | None = None, scale: float = 1.0) -> None:
-    """Write a trained model into its run directory, as :func:`save_to` does.
-
-    Args:
-        scale: share of the change from the parent that is kept: ``W_parent + scale (W - W_parent)`` (WiSE-FT,
-            Wortsman et al. 2021, arXiv 2109.01903, eq. 1).
-    """
-    save_to(run.model_dir, model, head, shrink=None if scale == 1 else lambda folder: shrink_change(folder, run, scale))
-
-
-def shrink_change(folder: Path, run: Run, scale: float) -> None:
-    """Keep a share of the change from the parent in the saved weights of a folder; of an adapter by its B matrices."""
-    parent = None if (folder / "adapter_model.safetensors").exists() else compose(run.parent("model")).state_dict()
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name, tensor in tensors.items():
-            if parent is not None:
-                tensor.copy_(torch.lerp(parent[name].float(), tensor.float(), scale))
-            elif "lora_B" in name:
-                tensor.mul_(scale)
-        save_file(tensors, file, metadata={"format": "pt"})
+def save(run: Run, model: Any, head: torch.Tensor | None = None, change: Callable[[Path], None] | None = None) -> None:
+    """Write a trained model into its run directory, as :func:`save_to` does."""
+    save_to(run.model_dir, model, head, change)
 
 
 def save_to(
-    folder: Path, model: Any, head: torch.Tensor | None = None, shrink: Callable[[Path], None] | None = None
+    folder: Path, model: Any, head: torch.Tensor | None = None, change: Callable[[Path], None] | None = None
 ) -> None:
     """Write a trained model's adapter or full weights as safetensors, all or nothing; called by every rank.
 
     Args:
         head: a scalar head's weight, to stand beside.
-        shrink: what is done to the weights in the scratch folder before they count as written.
+        change: what is done to the weights in the scratch folder before they count as written.
     """
     state = zero.gathered(model)
 
@@ -378,8 +344,8 @@ def save_to(
         with whole_directory(folder) as scratch:
             model.save_pretrained(scratch, **({} if state is None else {"state_dict": state}))
             leave_home_out(scratch)
-            if shrink is not None:
-                shrink(scratch)
+            if change is not None:
+                change(scratch)
             if head is not None:
                 save_head(scratch, weight=head)
 

@@ -130,6 +130,8 @@ def _shrink_training(recipe: Recipe, made: dict[str, Any], stage: str, world: in
         )
         return
     _set(made, stage, max_length=max(64, lengths[stage]))
+    if stage in ("sft", "dpo") and table.replay:
+        _set(made, stage, replay_prompts=min(table.replay_prompts, STEPS * rows), replay_tokens=8)
     if stage == "sft":
         count = Facts(Recipe.model_validate(made), "").sequences("sft")
         _set(made, stage, epochs=min(table.epochs, round(STEPS * rows / max(1, count), 4)))
