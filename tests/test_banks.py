@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from test_data import near
+from test_data import SPLITS, near
 
 from truthward import banks
 from truthward.banks import BANKS, Dated, Fact, Prose, Situation, Twins, Voice
@@ -187,10 +187,11 @@ def test_ordinary_texts_are_about_as_long():
     assert all(40 <= length <= 80 for length in lengths)
 
 
-def test_labelled_answers_are_to_dev_questions_and_of_every_kind():
+def test_labelled_answers_are_to_no_test_question_and_of_every_kind():
     """They measure the judge of open answers, so the test's questions must not be among them."""
     some = read_rows(ROOT / "data" / "evals" / "open" / "dev", banks.Labelled)
     assert len(some) >= 150
-    dev = {q.question for q in read_rows(ROOT / "data" / "truth" / "dev", Question)}
-    assert {r.question for r in some} <= dev
+    asked = {split: read_rows(ROOT / "data" / "truth" / split, Question) for split in SPLITS}
+    assert {r.topic for r in some} <= {q.topic for split in ("train", "dev") for q in asked[split]}
+    assert not near([r.question for r in some], [q.question for q in asked["test"]])
     assert min(Counter((r.right, r.informative) for r in some).values()) >= 10
