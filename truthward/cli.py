@@ -220,7 +220,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _frontier(options: argparse.Namespace) -> None:
     """Likewise."""
     scales = ["--scales", *map(str, options.scales)] if options.scales else []
-    sys.exit(subprocess.run([sys.executable, "-m", "evals.frontier", options.run, *scales], check=False).returncode)
+    sys.exit(processes.call([sys.executable, "-m", "evals.frontier", options.run, *scales]))
 
 
 def _chat(options: argparse.Namespace) -> None:
