@@ -73,6 +73,7 @@ class Exam:
         verdict: the column whose change from one side of a half to the other is shown as a flip; empty for none.
         style: whether judges that see only the answers' style are scored beside the model.
         drawn_with: from an item's id to what a bootstrap draws as one: several answers to a row are no several rows.
+        fixed_topics: intervals are about the bank's own topics, not about others (docs/decisions/0009).
     """
 
     ask: Callable[[Any], list[Asked]]
@@ -81,6 +82,7 @@ class Exam:
     verdict: str = ""
     style: bool = True
     drawn_with: Callable[[str], str] = str
+    fixed_topics: bool = False
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ FLUENCY = Exam(
     verdict="sound",
     style=False,
     drawn_with=lambda name: name.rpartition("/")[0],
+    fixed_topics=True,
 )
 
 

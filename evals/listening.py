@@ -32,6 +32,7 @@ SHORT = Exam(
     },
     verdict="right",
     style=False,
+    fixed_topics=True,
 )
 INSTRUCTIONS = Exam(
     ask=lambda row: [],
@@ -43,6 +44,7 @@ INSTRUCTIONS = Exam(
     },
     verdict="followed",
     style=False,
+    fixed_topics=True,
 )
 
 

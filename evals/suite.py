@@ -96,7 +96,8 @@ def resampled(scored: Sequence[Scored], exam: Exam, resamples: int, seed: int) -
     rows = [exam.drawn_with(s.id) for s in scored]
     topics = dict(zip(rows, (s.topic for s in scored), strict=True))
     place = {row: k for k, row in enumerate(topics)}
-    return draw_weights(list(topics.values()), resamples, seed)[:, [place[row] for row in rows]]
+    weights = draw_weights(list(topics.values()), resamples, seed, fixed_topics=exam.fixed_topics)
+    return weights[:, [place[row] for row in rows]]
 
 
 def measure(

@@ -27,12 +27,18 @@ K = TypeVar("K", bound=Hashable)
 POWER = 2.8  # (z of 97.5 % + z of 80 %): an effect of this many standard errors is found four times in five
 
 
-def draw_weights(topics: Sequence[str], resamples: int, seed: int) -> Array:
-    """``[R, n]`` weights of a two-stage bootstrap; with one topic it is the plain bootstrap over its questions."""
+def draw_weights(topics: Sequence[str], resamples: int, seed: int, *, fixed_topics: bool = False) -> Array:
+    """``[R, n]`` weights of a two-stage bootstrap; with one topic it is the plain bootstrap over its questions.
+
+    Args:
+        fixed_topics: every topic is in every resample, and only its questions are drawn (the stratified bootstrap; Davison &
+            Hinkley 1997, section 3.2): what is claimed is about these topics alone (docs/decisions/0009).
+    """
     names = {name: k for k, name in enumerate(dict.fromkeys(topics))}
     where = np.array([names[t] for t in topics])
     generator = np.random.default_rng(seed)
     times = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    times = np.ones_like(times) if fixed_topics else times
     weights = np.zeros((resamples, len(where)))
     for k in range(len(names)):
         members = np.flatnonzero(where == k)
@@ -129,21 +135,19 @@ class Difference:
         return _share(self.draws <= bound)
 
 
-def paired_power(items: int, topics: int, loss: float, changed: float) -> float:
-    """Chance that a true loss of a yes-or-no score is told from none, at two-sided 95 %, with the two-stage bootstrap.
+def paired_power(items: int, loss: float, changed: float) -> float:
+    """Chance that a true loss of a yes-or-no score is told from none, at two-sided 95 %, where topics are fixed.
 
-    A paired difference varies by ``changed - loss^2`` an item (McNemar's setting; Connor 1987). Where topics do not differ
-    in their loss, drawing topics and then questions makes the interval's variance ``2 - 1/topics - topics/items`` times that
-    of the estimate (docs/decisions/0005). Where they do differ, power is less than this.
+    A paired difference varies by ``changed - loss^2`` an item (McNemar's setting; Connor 1987); by less where topics differ,
+    since these are not drawn.
 
     Args:
-        items: of the bank, in ``topics`` of equal size.
+        items: of the bank.
         loss: how much less often the later model is right, in truth.
         changed: share of the items on which the two models come out differently, either way; at least ``loss``.
     """
     error = math.sqrt((changed - loss**2) / items)
-    reach = NormalDist().inv_cdf(0.975) * error * math.sqrt(2 - 1 / topics - topics / items)
-    return NormalDist().cdf((loss - reach) / error)
+    return NormalDist().cdf(loss / error - NormalDist().inv_cdf(0.975))
 
 
 def difference_of(
