@@ -27,7 +27,8 @@ def items(recorded: dict, model: str) -> list[Scored]:
     """A model's answers as their sets grade them; columns that no gate reads are left out."""
     found = []
     for name, rows in recorded["items"].items():
-        columns = {c for metric in exams(len)[name].metrics.values() for c in metric.columns}
+        exam = exams(len)[name]
+        columns = {exam.verdict, *(column for metric in exam.metrics.values() for column in metric.columns)}
         for row in rows:
             values = dict.fromkeys(columns) | {COLUMNS[name]: row[model]}
             found.append(Scored(name, row["id"], row["topic"], values, ""))
