@@ -1,1 +1,3 @@
 """Reinforcement learning from preferences: ``python -m rl.dpo RECIPE`` and ``python -m rl.ppo RECIPE``."""
+
+import truthward as truthward  # before torch, which reads what it sets

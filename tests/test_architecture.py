@@ -1,6 +1,8 @@
 """Who may import whom, and how long things may be. Every rule is also shown to fail on a planted violation."""
 
 import ast
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +150,20 @@ def test_a_command_that_trains_nothing_starts_without_torch():
     """It is most of the seconds that ``truthward why`` would take."""
     asked = "import sys, truthward.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", asked], check=False, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, ["2000", "0"]), ({"GOMP_SPINCOUNT": "5"}, ["5", "0"]), ({"OMP_WAIT_POLICY": "active"}, [None, None])],
+)
+def test_how_threads_wait_is_set_before_torch_is_loaded_unless_the_user_said(package, given, expected):
+    asked = f"import json, os, sys, {package}; assert 'torch' not in sys.modules"
+    asked += "; print(json.dumps([os.environ.get(n) for n in ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME')]))"
+    named = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+    env = {name: value for name, value in os.environ.items() if name not in named} | given
+    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == expected
 
 
 def test_imports_are_absolute_as_the_hash_of_the_code_needs():

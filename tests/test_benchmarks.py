@@ -3,13 +3,12 @@
 import csv
 import importlib.util
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
+import commands
 import numpy as np
 import pytest
-from lab import ROOT
 
 from evals import benchmarks, harness
 from evals.suite import means, score_model
@@ -223,17 +222,8 @@ def test_a_benchmark_is_scored_beside_the_sets(lab, tmp_path, mc_json):
     """Through the stage script; the file's content is part of the run's name."""
     world = lab.copy(tmp_path / "runs")
     files = f'evals.files={{truthfulqa="{mc_json}"}}'
-    command = [
-        sys.executable,
-        "-m",
-        "evals",
-        str(world.home / "lab.toml"),
-        files,
-        f"runs={world.runs}",
-        "--only",
-        "evals-base",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    words = [str(world.home / "lab.toml"), files, f"runs={world.runs}", "--only", "evals-base"]
+    done = commands.run("evals", *words, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "truthfulqa.mc1" in done.stdout
     (path,) = (p for p in world.runs.glob("lab/evals-*/evals.json"))

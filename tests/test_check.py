@@ -8,6 +8,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import commands
 import pytest
 from lab import ROOT, write
 
@@ -35,10 +36,6 @@ def refusal(recipe) -> str:
     with pytest.raises(UserError) as caught:
         check(recipe, "my.toml", brief=True)
     return str(caught.value)
-
-
-def command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 # ------------------------------------------------------------------------------------------------------------- leaks
@@ -176,7 +173,7 @@ def test_a_brief_check_counts_its_notes_and_tells_warnings(tiny):
 
 
 def test_check_prints_what_each_stage_reads_and_writes(tmp_path):
-    done = command("truthward", "check", "recipes/tiny.toml", f"runs={tmp_path}")
+    done = commands.run("truthward", "check", "recipes/tiny.toml", f"runs={tmp_path}")
     assert (done.returncode, done.stderr) == (0, "")
     shown = "".join(done.stdout.split())
     for text in ("stage", "reads", "writes", "data/demonstrations.jsonl", "data/truth/test", '"kl_coef":0.05', "evals-dpo"):
@@ -195,7 +192,7 @@ def test_check_prints_what_each_stage_reads_and_writes(tmp_path):
     ],
 )
 def test_a_mistake_is_one_message_with_exit_code_2(words, message):
-    done = command(*words)
+    done = commands.run(*words)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -260,7 +257,7 @@ def test_every_rule_has_a_planted_mistake_and_stands_in_the_docs():
 
 
 def test_a_stage_script_starts_with_the_check_and_stops_at_its_errors(tmp_path):
-    done = command("sft", "recipes/tiny.toml", f"runs={tmp_path}", "ppo.value_coef=0.0")
+    done = commands.run("sft", "recipes/tiny.toml", f"runs={tmp_path}", "ppo.value_coef=0.0")
     assert done.returncode == 2
     assert "[critic-untrained]" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -296,7 +293,7 @@ def test_the_rules_are_no_part_of_any_stages_code():
 
 
 def test_a_run_that_the_stage_does_not_have_is_refused_by_name(tmp_path):
-    done = command("evals", "recipes/tiny.toml", f"runs={tmp_path}", "--only", "evals-stf")
+    done = commands.run("evals", "recipes/tiny.toml", f"runs={tmp_path}", "--only", "evals-stf")
     assert done.returncode == 2
     assert "there is no run evals-stf" in done.stderr
     assert "evals-sft" in done.stderr

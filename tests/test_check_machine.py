@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 import torch.multiprocessing as processes
@@ -205,8 +204,7 @@ def test_a_prediction_is_near_what_a_stage_takes(tmp_path):
     changes = [f"runs={tmp_path}", "unexplained=warn", 'stages=["base","sft","dpo"]', 'evals.models=["ppo"]']
     changes += ['dpo.preferences=["data/truth/dev"]']
     changes += [f"{stage}.{size}" for stage in ("sft", "dpo") for size in ("micro_batch_size=1", "batch_size=4")]
-    words = [sys.executable, "-m", "truthward", "run", "recipes/tiny.toml", *changes]
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=550)
+    commands.run("truthward", "run", "recipes/tiny.toml", *changes, timeout=550).check_returncode()
     for stage in ("sft", "dpo"):
         (manifest,) = [json.loads(p.read_text()) for p in tmp_path.glob(f"tiny/{stage}-*/manifest.json")]
         predicted = predict(facts("tiny", changes), stage, "cpu", 4)

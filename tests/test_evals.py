@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
+import commands
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lab import ROOT, Lab
+from lab import Lab
 
 from evals import __main__ as evals
 from evals.suite import score_model
@@ -238,19 +237,19 @@ def test_a_blocked_recipe_ends_with_exit_code_3_each_time_it_is_run(world):
     overrides = ['stages=["base", "sft"]', "evals.gate=block"]
     score(world, "evals-base", *overrides)
     praise(world, "evals-base", *overrides)
-    command = [sys.executable, "-m", "truthward", "run", str(world.home / "lab.toml"), *overrides]
+    command = ["truthward", "run", str(world.home / "lab.toml"), *overrides]
     for state in ("runs in", "up to date"):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = commands.run(*command, timeout=120)
         assert done.returncode == 3, done.stdout + done.stderr
         assert f"evals-sft {state}" in done.stdout
         assert "error: stopped after evals-sft: the model became worse than its parent" in done.stderr
         assert "Traceback" not in done.stderr
     reason = "a demo of the override"
-    done = subprocess.run([*command, "--override", reason], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = commands.run(*command, "--override", reason, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     gate = Run.load(plan(world.recipe(*overrides))["evals-sft"].path).manifest["gate"]
     assert (gate["override"]["reason"], gate["mode"]) == (reason, "block")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = commands.run(*command, timeout=120)
     assert done.returncode == 0, "an override stays"
 
 
@@ -262,12 +261,12 @@ def test_two_runs_are_compared_from_their_directories(world):
     for name in ("evals-base", "evals-sft"):
         score(world, name)
     planned = plan(world.recipe())
-    command = [sys.executable, "-m", "truthward", "evals", "compare", str(planned["base"].path)]
+    command = ["truthward", "evals", "compare", str(planned["base"].path)]
     for other in ("sft", "evals-sft"):
-        done = subprocess.run([*command, str(planned[other].path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = commands.run(*command, str(planned[other].path), timeout=120)
         assert done.returncode == 0, done.stderr
         assert "truth.mc1" in done.stdout
         assert "verdicts changed for the better" in done.stdout
-    done = subprocess.run([*command, str(planned["dpo"].path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = commands.run(*command, str(planned["dpo"].path), timeout=120)
     assert done.returncode == 2
     assert "this model was not scored" in done.stderr

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import commands
 import pytest
 from torch.distributed.run import get_args_parser
 
@@ -80,6 +81,14 @@ def stand_in(tmp_path, monkeypatch):
         monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, str(tmp_path / "probe.py"), word])
 
     return stand
+
+
+@pytest.mark.parametrize(("changes", "forks"), [([], True), (TWO[:1], False), (["launch.zero=2"], False), (TWO, False)])
+def test_only_the_single_processes_of_one_host_are_forked(monkeypatch, changes, forks):
+    monkeypatch.setattr(launch.processes, "server", None)
+    monkeypatch.setattr(launch.processes, "serve", lambda: setattr(launch.processes, "server", "a server"))
+    launch.prepare(recipe(*changes))
+    assert bool(launch.processes.server) == forks
 
 
 def test_ranks_share_the_cores_unless_somebody_said_otherwise(stand_in, monkeypatch):
@@ -265,10 +274,10 @@ def test_what_cannot_be_launched_is_one_clear_error(changes, kind, message):
 
 
 def test_the_command_prints_and_refuses(tmp_path):
-    words = [sys.executable, "-m", "truthward", "launch", TINY, *SIZES, *TWO, "--print"]
-    done = subprocess.run([*words, "slurm"], capture_output=True, text=True, timeout=60)
+    words = ["truthward", "launch", TINY, *SIZES, *TWO, "--print"]
+    done = commands.run(*words, "slurm", timeout=60)
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=tiny\n#SBATCH --nodes=2\n")
-    done = subprocess.run([*words, "pbs"], capture_output=True, text=True, timeout=60)
+    done = commands.run(*words, "pbs", timeout=60)
     assert done.returncode == 2
     assert "invalid choice: 'pbs'" in done.stderr
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from lab import ROOT
@@ -43,15 +44,10 @@ MOMENTS = {  # stage -> what is there when it is killed
 }
 
 
-def start(runs: Path, *more: str) -> subprocess.Popen:
-    words = [sys.executable, "-m", "truthward", "run", RECIPE, f"runs={runs}", *CHANGES, *more]
+def start(runs: Path) -> subprocess.Popen:
+    words = [sys.executable, "-m", "truthward", "run", RECIPE, f"runs={runs}", *CHANGES]
     log = open(f"{runs}.log", "a")  # noqa: SIM115
     return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-
-
-def command(*words: str, stdin: str = "") -> subprocess.CompletedProcess:
-    words = (sys.executable, "-m", "truthward", *words)
-    return subprocess.run(words, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=300)
 
 
 def directories(runs: Path, *more: str) -> dict[str, Path]:
@@ -66,7 +62,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 def runs(tmp_path_factory) -> Path:
     """Where the recipe has run once, undisturbed."""
     path = tmp_path_factory.mktemp("pipeline") / "undisturbed"
-    assert start(path).wait(timeout=500) == 0, Path(f"{path}.log").read_text()
+    done = commands.run("truthward", "run", RECIPE, f"runs={path}", *CHANGES, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
     return path
 
 
@@ -86,7 +83,7 @@ def test_a_run_completes_every_stage_and_writes_the_report(runs):
 def test_a_second_run_says_up_to_date_and_does_nothing(runs):
     paths = directories(runs)
     before = {name: snapshot(path) for name, path in paths.items()}
-    done = command("run", RECIPE, f"runs={runs}", *CHANGES)
+    done = commands.run("truthward", "run", RECIPE, f"runs={runs}", *CHANGES)
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines() if "up to date" in line] == list(paths)
     assert {name: snapshot(path) for name, path in paths.items()} == before
@@ -96,7 +93,7 @@ def test_a_second_run_says_up_to_date_and_does_nothing(runs):
 def test_a_changed_value_makes_a_new_directory_and_leaves_the_old_one(runs):
     before = {path: snapshot(path) for path in directories(runs).values()}
     changes = ['stages=["base","sft"]', 'evals.models=["base"]', "sft.learning_rate=1e-3", "sft.epochs=0.05"]
-    done = command("run", RECIPE, f"runs={runs}", *CHANGES, *changes)
+    done = commands.run("truthward", "run", RECIPE, f"runs={runs}", *CHANGES, *changes)
     assert done.returncode == 0, done.stderr
     changed = directories(runs, *changes)["sft"]
     assert changed not in before
@@ -163,7 +160,7 @@ def test_a_run_killed_in_every_stage_ends_like_an_undisturbed_one(runs, tmp_path
 def test_chat_answers_from_standard_input_as_the_model_does(runs):
     run = Run.load(directories(runs)["ppo"])
     options = ["--temperature", "1", "--max-new-tokens", "24", "--system", "Be brief."]
-    done = command("chat", str(run.path), *options, stdin="What is salt?\nAnd pepper?\n")
+    done = commands.run("truthward", "chat", str(run.path), *options, stdin="What is salt?\nAnd pepper?\n")
     assert done.returncode == 0, done.stderr
     model, tokenizer = models.load(run), models.load_tokenizer(run)
     messages, answers = chat.user("What is salt?", "Be brief."), []
@@ -177,7 +174,7 @@ def test_chat_answers_from_standard_input_as_the_model_does(runs):
 
 def test_an_exported_model_loads_anywhere_and_gives_the_same_logits(runs, tmp_path):
     run = Run.load(directories(runs)["ppo"])
-    done = command("export", str(run.path), str(tmp_path / "out"))
+    done = commands.run("truthward", "export", str(run.path), str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = tokenizer.apply_chat_template(chat.user("What is salt?"), tokenize=False, add_generation_prompt=True)

@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 
 from truthward import provenance
@@ -149,7 +149,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[History, dict[str, R
 
 
 def truthward(*words: str, cwd: Path | None = None) -> str:
-    done = subprocess.run([sys.executable, "-m", "truthward", *words], capture_output=True, text=True, cwd=cwd)
+    done = commands.run("truthward", *words, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from truthward import launch, stage
+from truthward import launch, processes, stage
 from truthward.console import console, plain, say, tell
 from truthward.errors import GateFailed, UserError
 from truthward.ledger import Run, is_done, plan
@@ -152,7 +151,8 @@ def _lead(options: argparse.Namespace, recipe: Recipe, hosts: launch.Hosts) -> N
     """Run every stage that is not done, and check before it; the other hosts are told of what runs on all."""
     if not all(_settled(planned.path) for planned in plan(recipe).values()):
         hosts.tell(launch.CHECK)
-        stage.check_first(options, recipe)
+        launch.prepare(recipe)
+        stage.check_first(options, recipe, processes.call)
     try:
         for name, planned in plan(recipe).items():
             if _settled(planned.path):
@@ -165,7 +165,7 @@ def _lead(options: argparse.Namespace, recipe: Recipe, hosts: launch.Hosts) -> N
                 say("the base is on disk: template, masks and lengths are checked by its tokenizer")
                 os.environ.pop(stage.CHECKED, None)
                 os.environ.pop(launch.MET, None)  # the links are known
-                stage.check_first(options, recipe)
+                stage.check_first(options, recipe, processes.call)
     finally:
         _report(options)
 
@@ -214,13 +214,13 @@ def _report(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     """In a process of its own, as every stage's code is."""
-    sys.exit(subprocess.run([sys.executable, "-m", "evals.compare", options.a, options.b], check=False).returncode)
+    sys.exit(processes.call([sys.executable, "-m", "evals.compare", options.a, options.b]))
 
 
 def _frontier(options: argparse.Namespace) -> None:
     """Likewise."""
     scales = ["--scales", *map(str, options.scales)] if options.scales else []
-    sys.exit(subprocess.run([sys.executable, "-m", "evals.frontier", options.run, *scales], check=False).returncode)
+    sys.exit(processes.call([sys.executable, "-m", "evals.frontier", options.run, *scales]))
 
 
 def _chat(options: argparse.Namespace) -> None:

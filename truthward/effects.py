@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from rich.table import Table
 
+from truthward import processes
 from truthward.console import console, plain, say
 from truthward.errors import UserError
 from truthward.ledger import Run, write_text
@@ -121,7 +121,7 @@ def _without(learner: Run, principle: str) -> Run:
     settings = [f"runs={folder.parent}", f"name={folder.name}", f'reward.without=["{principle}"]']
     why = f"what leaving {principle} out does to the preference model"
     command = [sys.executable, "-m", "reward", str(recipe), *settings, "--why", why]
-    if subprocess.run(command, check=False).returncode:
+    if processes.call(command):
         raise UserError("the preference model could not be trained again", where=str(recipe), fix="see its message above")
     return max((run for run in _learners(folder) if _left_out(run) == [principle]), key=_finished)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from datetime import timedelta
 from itertools import count
 from typing import Any
 
+from truthward import processes
 from truthward.console import say
 from truthward.errors import Interrupted, UserError
 from truthward.ledger import CODE, TRAINED
@@ -65,6 +65,14 @@ def on_many(recipe: Recipe, stage: str) -> bool:
     return stage in MANY and recipe.launch.world > 1
 
 
+def prepare(recipe: Recipe) -> None:
+    """Let the processes of a run that has something to do be forked, where each of its stages is a single one."""
+    if recipe.launch.world == 1 and not recipe.launch.zero:
+        processes.serve()
+    else:
+        processes.server = None
+
+
 def start(recipe: Recipe, stage: str, arguments: list[str]) -> int:
     """Run this host's part of a stage to its end.
 
@@ -84,7 +92,7 @@ def start(recipe: Recipe, stage: str, arguments: list[str]) -> int:
         process.terminate()
 
     words = command(recipe, stage, arguments)
-    with subprocess.Popen(words, env={**shared, **os.environ}, start_new_session=many) as process:
+    with processes.start(words, {**shared, **os.environ}, new_session=many) as process:
         before = signal.signal(signal.SIGTERM, pass_on)
         try:
             code = process.wait()

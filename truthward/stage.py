@@ -21,6 +21,7 @@ from truthward.redaction import without_secrets
 from truthward.tables import Launch, Recipe
 
 Work = Callable[[Recipe, Run], None]
+Call = Callable[[list[str], dict[str, str]], int]  # runs a command in an environment, and returns its exit code
 CHECKED = "TRUTHWARD_CHECKED"  # environment variable: digest of a plan that was checked on the way here
 
 
@@ -91,19 +92,29 @@ def plan_digest(recipe: Recipe) -> str:
     return digest({name: planned.fingerprint for name, planned in plan(recipe).items()})
 
 
-def check_first(options: argparse.Namespace, recipe: Recipe) -> None:
+def _call(words: list[str], env: dict[str, str]) -> int:
+    return subprocess.run(words, check=False, env=env).returncode
+
+
+def check_first(
+    options: argparse.Namespace, recipe: Recipe, call: Callable[[list[str], dict[str, str]], int] = _call
+) -> None:
     """The check before launch, unless it was made on the way here for this very plan.
 
     It runs in a process of its own: it can stop a stage, but nothing that it imports, draws or holds in memory can reach the
     result. So its rules are no part of the stage's code, and may change without a new fingerprint.
+
+    Args:
+        options: of the command line.
+        recipe: what they stand for.
+        call: what runs it.
     """
     plan_now = plan_digest(recipe)
     if os.environ.get(CHECKED) == plan_now:
         return
     words = [sys.executable, "-m", "truthward", "check", *given(options), "--brief"]
     alone = {k: v for k, v in os.environ.items() if k not in ranks.ALONE}
-    code = subprocess.run(words, check=False, env=alone).returncode
-    if code:
+    if code := call(words, alone):
         sys.exit(code)
     os.environ[CHECKED] = plan_now
 

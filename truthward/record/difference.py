@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from truthward import processes
 from truthward.amendments import compare as compare_constitutions
 from truthward.console import console, plain, say
 from truthward.errors import UserError
@@ -136,7 +136,7 @@ def show_diff(a: Run, b: Run, *, whole: bool = False) -> None:
     say("\n[bold]what came of it[/] (B minus A)")
     if newest_evals(a) and newest_evals(b):
         sys.stdout.flush()
-        subprocess.run([sys.executable, "-m", "evals.compare", str(a.path), str(b.path)], check=False)
+        processes.call([sys.executable, "-m", "evals.compare", str(a.path), str(b.path)])
     else:
         lacking = " and ".join(plain(place(r.path)) for r in (a, b) if not newest_evals(r))
         say(f"  nothing can be said: {lacking} {'was' if newest_evals(a) or newest_evals(b) else 'were'} not scored")
