@@ -31,6 +31,7 @@ def run(
     env: dict[str, str] | None = None,
     stdin: str = "",
     timeout: float = 300,
+    light: bool = False,
 ) -> Done:
     """``python -m WORDS`` to its end, with its output as text.
 
@@ -40,12 +41,13 @@ def run(
         env: its environment, :func:`environment` if None. In another one, but for our own variables, it is started plainly.
         stdin: what it reads.
         timeout: seconds.
+        light: it needs none of the libraries, so that loading them for it alone would not pay.
 
     Raises:
         subprocess.TimeoutExpired: it took longer, and was killed.
     """
     command = [sys.executable, "-m", *words]
-    if processes.server is None and processes.forkable():
+    if processes.server is None and not light and processes.forkable():
         processes.server = processes.Server(environment(), [*processes.LIBRARIES, "matplotlib.figure"])
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         given.write(stdin.encode())

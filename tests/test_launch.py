@@ -275,9 +275,9 @@ def test_what_cannot_be_launched_is_one_clear_error(changes, kind, message):
 
 def test_the_command_prints_and_refuses(tmp_path):
     words = ["truthward", "launch", TINY, *SIZES, *TWO, "--print"]
-    done = commands.run(*words, "slurm", timeout=60)
+    done = commands.run(*words, "slurm", timeout=60, light=True)
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=tiny\n#SBATCH --nodes=2\n")
-    done = commands.run(*words, "pbs", timeout=60)
+    done = commands.run(*words, "pbs", timeout=60, light=True)
     assert done.returncode == 2
     assert "invalid choice: 'pbs'" in done.stderr
 

@@ -149,7 +149,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[History, dict[str, R
 
 
 def truthward(*words: str, cwd: Path | None = None) -> str:
-    done = commands.run("truthward", *words, cwd=cwd)
+    done = commands.run("truthward", *words, cwd=cwd, light=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
